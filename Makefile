@@ -1,0 +1,32 @@
+# Everything here works on a fresh clone: each target first makes .venv if it is not there.
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check campaign clean
+
+demo: $(STAMP)  ## answer questions out of a long context that is sharded over two ranks
+	$(VENV)/bin/ringspan demo -cp 2 --context-tokens 16384
+
+test: $(STAMP) check  ## static checks, then unit and integration tests
+	$(PY) -m pytest -m "not campaign and not gpu"
+
+check: $(STAMP)  ## ruff, mypy and import directions
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+campaign: $(STAMP)  ## the tests that are too long for every day
+	$(PY) -m pytest -m campaign --timeout 3600
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "ringspan: setting up $(VENV) (a few minutes the first time) ..."
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+	@echo "ringspan: $(VENV) is ready"

@@ -1,0 +1,292 @@
+"""The coordinator: takes requests, has the tokenizer, plans steps and drives the ranks.
+
+An async Ray actor runs this class. Decisions are in `actors.generation` and
+`actors.placement`; here they meet the ranks.
+"""
+
+import asyncio
+import dataclasses
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch.distributed as dist
+
+from actors.errors import PlacementError
+from actors.generation import Generation
+from actors.messages import (
+    CompletionOutput,
+    Plan,
+    PrefillPlan,
+    Progress,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    StepRecord,
+    WorkerInfo,
+    WorkerSpec,
+)
+from actors.placement import Place, place
+from actors.prompt import prompt_ids
+from actors.ranks import Ranks
+from configs import Config
+from models.config import ModelConfig, read_model_config
+from models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterInfo:
+    """What a cluster is, once it is up."""
+
+    model: str
+    num_ranks: int
+    hosts: tuple[str, ...]  # of each rank
+    workers: tuple[WorkerInfo, ...]
+    max_model_len: int
+    kv_capacity_tokens: int  # over all ranks
+    has_tokenizer: bool
+
+
+class Coordinator:
+    """One model's cluster. All methods run in one event loop; requests run one after another."""
+
+    def __init__(
+        self, config: Config, create_worker: Callable[[WorkerSpec, Any, Place], Any]
+    ) -> None:
+        """Only store; `start` does what can fail."""
+        self._config = config
+        self._create_worker = create_worker
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._running: tuple[Request, int, float] | None = None  # with its tokens and start
+        self._steps = 0
+        self._sequences = 0
+        self._release: tuple[int, ...] = ()
+        self._model: ModelConfig
+        self._tokenizer: Tokenizer | None
+        self._ranks: Ranks
+        self._info: ClusterInfo
+
+    async def start(self) -> ClusterInfo:
+        """Place the ranks, load the model on each, allocate KV pages, form the ring.
+
+        Raises:
+            RingspanError: The checkpoint cannot be served, or the ranks cannot be placed.
+        """
+        config, directory = self._config, Path(self._config.model)
+        self._model = await asyncio.to_thread(read_model_config, directory)
+        device = _device(config)
+        group, places = await asyncio.to_thread(
+            place, config.context_parallel_size, device, config.ray.placement_timeout_s
+        )
+        workers = [self._create_worker(self._spec(where, device), group, where) for where in places]
+        self._ranks = Ranks(workers, places, config.ring)
+        # The tokenizer is read while the ranks read their weights.
+        self._tokenizer, infos = await asyncio.gather(
+            asyncio.to_thread(Tokenizer.load, directory),
+            self._ranks.call("load", timeout_s=config.ray.start_timeout_s),
+        )
+        self._info = self._size_pool(infos, places)
+        num_pages = self._info.kv_capacity_tokens // config.page_tokens // len(places)
+        await self._ranks.call("allocate", num_pages, timeout_s=config.ray.start_timeout_s)
+        await self._form_ring()
+        self._ranks.watch()
+        return self._info
+
+    async def generate(self, request: Request) -> RequestOutput:
+        """Answer one request; others wait for their turn.
+
+        Raises:
+            PromptError: The prompt is empty, too long or cannot be read.
+            ClusterError: A rank was lost or a step failed.
+        """
+        arrival_s = time.perf_counter()
+        prompt = prompt_ids(
+            request, self._tokenizer, self._model.vocab_size, self._info.max_model_len
+        )
+        self._waiting += 1
+        async with self._turn:
+            self._waiting -= 1
+            start_s = time.perf_counter()
+            self._running = (request, len(prompt), start_s)
+            generation = self._generation(request, prompt)
+            try:
+                records, ttft_s = await self._drive(generation, arrival_s)
+            finally:
+                self._running = None
+                self._release += (generation.sequence_id,)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.text,
+            prompt_token_ids=tuple(prompt.tolist()),
+            outputs=(self._completion(generation),),
+            num_cached_tokens=0,
+            metrics=RequestMetrics(
+                queue_s=start_s - arrival_s,
+                ttft_s=ttft_s,
+                total_s=time.perf_counter() - arrival_s,
+            ),
+            steps=tuple(records),
+        )
+
+    async def progress(self) -> Progress | None:
+        """Return how far the prefill under way has come, or None where none is."""
+        if self._running is None:
+            return None
+        request, total_tokens, start_s = self._running
+        share = await self._ranks.ask(0, "progress")
+        return Progress(
+            request_id=request.request_id,
+            total_tokens=total_tokens,
+            done_tokens=int(share * total_tokens),
+            elapsed_s=time.perf_counter() - start_s,
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """Return what this cluster is and does, for people and programs."""
+        failure = self._ranks.failure
+        return {
+            **dataclasses.asdict(self._info),
+            "running": int(self._running is not None),
+            "waiting": self._waiting,
+            "steps": self._steps,
+            "failure": None if failure is None else str(failure),
+        }
+
+    async def stop(self) -> None:
+        """End the ranks' processes; the coordinator itself is ended by its owner."""
+        if hasattr(self, "_ranks"):
+            self._ranks.kill()
+
+    async def _drive(
+        self, generation: Generation, arrival_s: float
+    ) -> tuple[list[StepRecord], float]:
+        """Execute plans until the answer is complete; return their records and the TTFT."""
+        records: list[StepRecord] = []
+        ttft_s = 0.0
+        while plan := generation.next_plan(self._steps, self._release):
+            self._steps += 1
+            self._release = ()
+            record, token_ids = await self._execute(plan, generation.cached_tokens)
+            generation.advance(token_ids)
+            ttft_s = ttft_s or time.perf_counter() - arrival_s
+            records.append(record)
+        return records, ttft_s
+
+    async def _execute(self, plan: Plan, cached_tokens: int) -> tuple[StepRecord, tuple[int, ...]]:
+        start_s = time.perf_counter()
+        # A long prompt is put into the object store once, not once for every rank.
+        is_prefill = isinstance(plan, PrefillPlan)
+        sent = ray.put(plan) if is_prefill else plan
+        # No limit on a step as a whole: a dead or silent rank ends it through its heartbeat.
+        results = await self._ranks.call("execute", sent, timeout_s=None)
+        token_ids = results[plan.sampling_rank].token_ids
+        record = StepRecord(
+            number=plan.number,
+            phase="prefill" if is_prefill else "decode",
+            sequence_ids=(plan.sequence_id,),
+            new_tokens=len(plan.token_ids) if isinstance(plan, PrefillPlan) else len(token_ids),
+            cached_tokens=cached_tokens,
+            algorithm=plan.algorithm if isinstance(plan, PrefillPlan) else "all_gather",
+            num_ranks=len(results),
+            predicted_s=None,
+            wall_s=time.perf_counter() - start_s,
+            ranks_wall_s=tuple(result.wall_s for result in results),
+            ranks_parts_s=tuple(result.parts_s for result in results),
+        )
+        return record, token_ids
+
+    async def _form_ring(self) -> None:
+        """Host the rendezvous here: a store in a rank would die with it."""
+        ring = self._config.ring
+        host = ray.util.get_node_ip_address()
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        await self._ranks.call(
+            "connect",
+            host,
+            self._store.port,
+            0,
+            ring_timeout_s=ring.timeout_s,
+            piece_bytes=ring.piece_bytes,
+            timeout_s=self._config.ray.start_timeout_s,
+        )
+
+    def _generation(self, request: Request, prompt: Any) -> Generation:
+        seed = request.params.seed
+        self._sequences += 1
+        return Generation(
+            sequence_id=self._sequences,
+            prompt=prompt,
+            params=request.params,
+            seed=secrets.randbits(63) if seed is None else seed,
+            eos_ids=self._model.eos_token_ids,
+            num_ranks=self._info.num_ranks,
+            max_model_len=self._info.max_model_len,
+            decode_block_tokens=self._config.decode_block_tokens,
+            burst_steps=self._config.scheduler.decode_burst_steps,
+        )
+
+    def _completion(self, generation: Generation) -> CompletionOutput:
+        assert generation.finish_reason is not None
+        text = "" if self._tokenizer is None else self._tokenizer.decode(generation.text_ids)
+        return CompletionOutput(
+            index=0,
+            text=text,
+            token_ids=tuple(generation.token_ids),
+            finish_reason=generation.finish_reason,
+        )
+
+    def _spec(self, where: Place, device: Literal["cpu", "cuda"]) -> WorkerSpec:
+        config = self._config
+        cores = os.cpu_count() or 1
+        return WorkerSpec(
+            rank=where.rank,
+            num_ranks=config.context_parallel_size,
+            checkpoint=config.model,
+            device=device,
+            dtype=config.dtype,
+            page_tokens=config.page_tokens,
+            threads=config.threads_per_rank or max(1, cores // where.ranks_on_host),
+            ranks_on_host=where.ranks_on_host,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        )
+
+    def _size_pool(self, infos: list[WorkerInfo], places: list[Place]) -> ClusterInfo:
+        """Give every rank as many pages as one sequence of max_model_len needs, if they fit."""
+        config, num_ranks = self._config, len(infos)
+        page_bytes = infos[0].kv_bytes_per_token * config.page_tokens
+        pages_that_fit = min(info.kv_memory_bytes for info in infos) // page_bytes
+        wanted_len = config.max_model_len or self._model.max_position_embeddings
+        # A zigzag share is at most two tokens over even, decode at most one block.
+        slack = config.decode_block_tokens + 2
+        wanted_pages = -(-(-(-wanted_len // num_ranks) + slack) // config.page_tokens)
+        fitting_len = (pages_that_fit * config.page_tokens - slack) * num_ranks
+        if fitting_len < (config.max_model_len or 2):
+            raise PlacementError(
+                f"max_model_len {wanted_len} needs {wanted_pages * page_bytes / 2**30:.3g} GiB of"
+                f" KV pages on each of {num_ranks} ranks, but"
+                f" {pages_that_fit * page_bytes / 2**30:.3g} GiB are free: lower max_model_len (at"
+                f" most {max(0, fitting_len)} fit) or use more ranks"
+            )
+        num_pages = min(wanted_pages, pages_that_fit)
+        return ClusterInfo(
+            model=config.model,
+            num_ranks=num_ranks,
+            hosts=tuple(where.host for where in places),
+            workers=tuple(infos),
+            max_model_len=min(wanted_len, fitting_len),
+            kv_capacity_tokens=num_pages * config.page_tokens * num_ranks,
+            has_tokenizer=self._tokenizer is not None,
+        )
+
+
+def _device(config: Config) -> Literal["cpu", "cuda"]:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"

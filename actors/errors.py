@@ -1,0 +1,30 @@
+"""Errors of a running cluster; see `models.errors` for the whole tree.
+
+ClusterError
++-- PlacementError   the ranks asked for cannot be placed on this Ray cluster
++-- RayUnreachable   there is no Ray cluster at the address given
++-- RankLost         a rank died or stopped answering
++-- StepFailed       a step failed on a rank that is still alive
+"""
+
+from models.errors import RingspanError
+
+
+class ClusterError(RingspanError):
+    """Something of the running cluster failed."""
+
+
+class PlacementError(ClusterError):
+    """The ranks asked for cannot be placed."""
+
+
+class RayUnreachable(ClusterError):
+    """There is no Ray cluster at the address given."""
+
+
+class RankLost(ClusterError):
+    """A rank died or stopped answering; its share of every context is gone."""
+
+
+class StepFailed(ClusterError):
+    """A step failed on a rank that is still alive."""

@@ -1,0 +1,119 @@
+"""Where ranks run: one placement-group bundle per host, ranks numbered by host.
+
+The decisions are pure functions; `place` is the shell that asks Ray.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+
+from actors.errors import PlacementError
+
+MiB = 2**20
+HOST_LABEL = "ringspan.io/host"  # orders the hosts of a ring where addresses do not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A Ray node as the numbering sees it."""
+
+    node_id: str
+    name: str  # the host label, or the node's address
+    gpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one rank runs."""
+
+    rank: int
+    bundle: int
+    host: str
+    ranks_on_host: int
+
+
+def share_out(hosts: Sequence[Host], num_ranks: int, device: Literal["cpu", "cuda"]) -> list[int]:
+    """Return the number of ranks of each bundle; a bundle is on a host of its own.
+
+    On CUDA the hosts with most GPUs come first and as few as possible are used;
+    on CPU the ranks are spread evenly, for hosts have no number of ranks of their own.
+
+    Raises:
+        PlacementError: There are more ranks than GPUs.
+    """
+    if device == "cpu":
+        bundles = min(len(hosts), num_ranks)
+        return [num_ranks // bundles + (i < num_ranks % bundles) for i in range(bundles)]
+    shares: list[int] = []
+    for gpus in sorted((host.gpus for host in hosts), reverse=True):
+        if gpus and sum(shares) < num_ranks:
+            shares.append(min(gpus, num_ranks - sum(shares)))
+    if sum(shares) < num_ranks:
+        raise PlacementError(
+            f"context_parallel_size is {num_ranks}, but the Ray cluster has {sum(shares)} GPUs on"
+            f" {len(hosts)} nodes: lower it, add GPUs, or pass --device cpu"
+        )
+    return shares
+
+
+def number_ranks(shares: Sequence[int], bundle_hosts: Sequence[Host]) -> list[Place]:
+    """Number the ranks host by host, so that ring neighbours share a host.
+
+    Ray's bundle order follows neither node order nor anything stable, so bundles
+    are ordered by host name, then by node id.
+    """
+    order = sorted(
+        range(len(shares)), key=lambda b: (bundle_hosts[b].name, bundle_hosts[b].node_id)
+    )
+    bundles = [bundle for bundle in order for _ in range(shares[bundle])]
+    return [
+        Place(
+            rank=rank,
+            bundle=bundle,
+            host=bundle_hosts[bundle].name,
+            ranks_on_host=shares[bundle],
+        )
+        for rank, bundle in enumerate(bundles)
+    ]
+
+
+def alive_hosts() -> list[Host]:
+    """Return the nodes of the Ray cluster that are alive."""
+    return [
+        Host(
+            node_id=node["NodeID"],
+            name=node.get("Labels", {}).get(HOST_LABEL, node["NodeManagerAddress"]),
+            gpus=int(node["Resources"].get("GPU", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def place(
+    num_ranks: int, device: Literal["cpu", "cuda"], timeout_s: float
+) -> tuple[PlacementGroup, list[Place]]:
+    """Reserve a bundle on each host and return where each rank goes.
+
+    Raises:
+        PlacementError: The bundles cannot be had within ``timeout_s``.
+    """
+    hosts = alive_hosts()
+    shares = share_out(hosts, num_ranks, device)
+    # A CPU rank claims no CPU: a bundle needs some resource, and every node has memory.
+    bundles = [{"GPU": share} if device == "cuda" else {"memory": MiB} for share in shares]
+    group = placement_group(bundles, strategy="STRICT_SPREAD")
+    if not group.wait(timeout_s):
+        ray.util.remove_placement_group(group)
+        free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "memory")}
+        raise PlacementError(
+            f"no place for {num_ranks} ranks on {len(shares)} hosts within {timeout_s:g} s: asked"
+            f" for {bundles}, the Ray cluster has {free} free; stop other jobs or lower"
+            " context_parallel_size"
+        )
+    node_ids = placement_group_table(group)["bundles_to_node_id"]
+    by_id = {host.node_id: host for host in hosts}
+    return group, number_ranks(shares, [by_id[node_ids[b]] for b in range(len(shares))])

@@ -1,0 +1,26 @@
+"""What a user touches: the `LLM` handle and its parameters, results and errors."""
+
+from actors.errors import ClusterError, PlacementError, RankLost, RayUnreachable, StepFailed
+from actors.messages import CompletionOutput, RequestOutput, StepRecord
+from cluster.llm import LLM
+from configs import ConfigError
+from models.errors import CheckpointError, PromptError, RingspanError, SamplingError
+from models.sampling import SamplingParams
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "ClusterError",
+    "CompletionOutput",
+    "ConfigError",
+    "PlacementError",
+    "PromptError",
+    "RankLost",
+    "RayUnreachable",
+    "RequestOutput",
+    "RingspanError",
+    "SamplingError",
+    "SamplingParams",
+    "StepFailed",
+    "StepRecord",
+]

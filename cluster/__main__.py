@@ -1,0 +1,55 @@
+"""The command line: ``ringspan COMMAND ...`` or ``python -m cluster COMMAND ...``."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from cluster import demo, generate
+from configs import ConfigError
+from models.errors import RingspanError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage of all commands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and exit with status 2."""
+        self.exit(2, f"ringspan: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    parser = Parser(prog="ringspan", description="Exact inference over contexts sharded on a ring.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate.add_command(commands)
+    demo.add_demo_command(commands)
+    demo.add_needle_command(commands)
+    options, rest = parser.parse_known_args(arguments)
+    # `key=value` may stand anywhere; argparse alone takes them in one place only.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unknown argument {(unknown or rest)[0]}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    signal.signal(signal.SIGTERM, _exit_cleanly)
+    try:
+        status: int = options.run(options)
+    except (RingspanError, ConfigError) as error:
+        print(f"ringspan: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ringspan: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _exit_cleanly(signal_number: int, frame: FrameType | None) -> None:
+    """Let `with LLM(...)` end its processes on SIGTERM as on an error."""
+    raise SystemExit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""`LLM`: a model on a ring of ranks, as a Python object."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.messages import Request, RequestOutput
+from cluster.launch import RunningCluster
+from cluster.progress import PrefillBar
+from configs import Config, load
+from models.config import read_model_config
+from models.errors import PromptError
+from models.sampling import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+POLL_S = 0.2  # how often a progress bar moves
+
+
+class LLM:
+    """Answers prompts from a checkpoint whose context is sharded over ranks.
+
+    Use it as a context manager, or call `close`. It works from a plain script
+    without a ``__main__`` guard, and any number of times in one process.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        config_file: Path | None = None,
+        overrides: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        """Bring the cluster up; returns when the model is loaded on every rank.
+
+        Args:
+            model: Directory of a Hugging Face checkpoint.
+            config_file: YAML with keys of `configs.Config`.
+            overrides: ``key=value`` strings, for nested keys too: ``ring.piece_bytes=1048576``.
+            **options: Keys of `configs.Config`: ``context_parallel_size=2``.
+
+        Raises:
+            ConfigError: A key or a value that does not exist.
+            CheckpointError: The checkpoint cannot be served.
+            ClusterError: Ray cannot be reached, or the ranks cannot be placed.
+        """
+        values = {"model": str(Path(model).expanduser().resolve()), **options}
+        self.config: Config = load(config_file, values, overrides)
+        # Say what is wrong with a checkpoint here before any process starts; where it lies on
+        # the cluster's machines only, the ranks say it.
+        if Path(self.config.model).exists() or not self.config.ray.address:
+            read_model_config(Path(self.config.model))
+        self._numbers = itertools.count()
+        self._cluster = RunningCluster(self.config)
+        self.info = self._cluster.info
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer prompts, in their order.
+
+        Args:
+            prompts: A text, ``{"prompt_token_ids": [...]}``, ``{"prompt": text}``,
+                ``{"messages": [...]}``, or a list of these.
+            sampling_params: What is asked of the answers; the defaults are vLLM's.
+            use_tqdm: Show a bar with rate and time left while a prompt is prefilled.
+
+        Raises:
+            PromptError: A prompt is empty, too long or cannot be read.
+            ClusterError: A rank was lost or a step failed.
+        """
+        single = isinstance(prompts, str | Mapping)
+        requests = [
+            self._request(prompt, sampling_params or SamplingParams())
+            for prompt in ([prompts] if single else prompts)
+        ]
+        return [self._answer(request, use_tqdm) for request in requests]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, put into the checkpoint's own chat template."""
+        return self.generate({"messages": messages}, sampling_params, use_tqdm=use_tqdm)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the cluster is and does."""
+        status: dict[str, Any] = self._cluster.ask("status", timeout_s=30.0)
+        return status
+
+    def close(self) -> None:
+        """End all processes of this cluster. Twice is no error."""
+        self._cluster.close()
+
+    def _request(self, prompt: Any, params: SamplingParams) -> Request:
+        request_id = f"request-{next(self._numbers)}"
+        if isinstance(prompt, str):
+            return Request(request_id=request_id, text=prompt, params=params)
+        if isinstance(prompt, Mapping):
+            return _request_from_mapping(request_id, prompt, params)
+        raise PromptError(
+            "a prompt must be a text or a mapping with prompt, prompt_token_ids or messages, got"
+            f" {type(prompt).__name__}"
+        )
+
+    def _answer(self, request: Request, use_tqdm: bool) -> RequestOutput:
+        reference = self._cluster.submit("generate", request)
+        if use_tqdm:
+            with PrefillBar() as bar:
+                while not ray.wait([reference], timeout=POLL_S)[0]:
+                    bar.show(self._cluster.ask("progress", timeout_s=30.0))
+        output: RequestOutput = self._cluster.result(reference)
+        return output
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _request_from_mapping(
+    request_id: str, prompt: Mapping[str, Any], params: SamplingParams
+) -> Request:
+    forms = {"prompt", "prompt_token_ids", "messages"}
+    if len(prompt) != 1 or not prompt.keys() <= forms:
+        raise PromptError(
+            f"a prompt mapping needs exactly one of {', '.join(sorted(forms))}, got"
+            f" {', '.join(map(str, prompt)) or 'none'}"
+        )
+    if "prompt" in prompt:
+        return Request(request_id=request_id, text=str(prompt["prompt"]), params=params)
+    if "messages" in prompt:
+        messages = tuple(dict(message) for message in prompt["messages"])
+        return Request(request_id=request_id, messages=messages, params=params)
+    token_ids = np.asarray(prompt["prompt_token_ids"])
+    if token_ids.size and (token_ids.ndim != 1 or token_ids.dtype.kind not in "iu"):
+        raise PromptError("prompt_token_ids must be a flat list of integers")
+    # Out-of-range ids must not wrap into the vocabulary.
+    token_ids = token_ids.astype(np.int64).clip(-1, 2**31 - 1).astype(np.int32)
+    return Request(request_id=request_id, token_ids=token_ids, params=params)

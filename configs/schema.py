@@ -1,0 +1,90 @@
+"""Every option: its default, its unit, its check. Flags of the command line have the same names."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+MiB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingConfig:
+    """The ring of ranks and its messages."""
+
+    algorithm: Literal["pass_kv"] = "pass_kv"
+    piece_bytes: int = 64 * MiB  # a longer message travels in pieces
+    timeout_s: float = 600.0  # of one wait for a peer; a dead peer is noticed at once
+    heartbeat_s: float = 1.0  # how often each rank is asked whether it is alive
+    heartbeat_timeout_s: float = 15.0  # a rank silent for so long is lost
+
+    def __post_init__(self) -> None:
+        _positive("ring", self, "piece_bytes", "timeout_s", "heartbeat_s", "heartbeat_timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """How requests are cut into steps."""
+
+    decode_burst_steps: int = 16  # decode steps of one plan
+
+    def __post_init__(self) -> None:
+        _positive("scheduler", self, "decode_burst_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """Where the actors run."""
+
+    # None: RAY_ADDRESS if set, else a Ray of our own on this machine.
+    address: str | None = None
+    placement_timeout_s: float = 30.0  # for the ranks to find their places
+    start_timeout_s: float = 1800.0  # for all ranks to load their weights
+
+    def __post_init__(self) -> None:
+        _positive("ray", self, "placement_timeout_s", "start_timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A cluster that serves one model."""
+
+    model: str = ""  # directory of a Hugging Face checkpoint
+    context_parallel_size: int = 1  # ranks of the ring
+    tensor_parallel_size: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the checkpoint's
+    max_model_len: int | None = None  # tokens; None: the model's, or what the KV pages hold
+    gpu_memory_utilization: float = 0.9  # share of a GPU for weights and KV pages
+    kv_cache_memory_bytes: int | None = None  # per rank; None: what is free
+    page_tokens: int = 256
+    decode_block_tokens: int = 16  # so many new tokens' KV in a row stay on one rank
+    threads_per_rank: int = 0  # of torch on CPU; 0: the host's cores divided among its ranks
+    ring: RingConfig = field(default_factory=RingConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        _positive("", self, "context_parallel_size", "decode_block_tokens")
+        if self.tensor_parallel_size != 1:
+            raise ValueError(
+                f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: tensor"
+                " parallelism is not supported yet, use context_parallel_size"
+            )
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(f"max_model_len must be >= 2, got {self.max_model_len}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
+            )
+        if self.kv_cache_memory_bytes is not None:
+            _positive("", self, "kv_cache_memory_bytes")
+        if self.page_tokens < 256 or self.page_tokens % 256:
+            raise ValueError(f"page_tokens must be a multiple of 256, got {self.page_tokens}")
+        if self.threads_per_rank < 0:
+            raise ValueError(f"threads_per_rank must be >= 0, got {self.threads_per_rank}")
+
+
+def _positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            key = f"{section}.{name}" if section else name
+            raise ValueError(f"{key} must be greater than 0, got {getattr(config, name)}")

@@ -1,0 +1,101 @@
+"""A decoder-only transformer over this rank's tokens.
+
+The network knows nothing of the ring: attention is a callable that gets one
+layer's queries, keys and values of the tokens at hand, and returns what they
+attend to. Everything else of a layer works token by token.
+
+Letters: T = tokens on this rank, E = hidden size, F = intermediate size, V =
+vocabulary; H, K, J, D as in `attention`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attention.timing import PartTimer
+from models.config import ModelConfig
+from models.rope import apply_rope_, rope_cos_sin, rope_inv_freq
+from models.weights import DecoderWeights, LayerWeights
+
+# The widest activations (T x 2F) exist for so many tokens at a time.
+MLP_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class LayerAttention(Protocol):
+    """What the decoder asks of attention: one call a layer, in order of layers."""
+
+    def __call__(self, layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
+        """Return ``out_THD`` for these queries; ``kv_TJD`` is contiguous and RoPE is applied."""
+
+
+class Decoder:
+    """Weights of one model on one device, and the way of tokens through its layers."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+        """Take a configuration and weights that fit it, all on one device."""
+        self.config = config
+        self._weights = weights
+        self.device = weights.embed_VE.device
+        self.dtype = weights.embed_VE.dtype
+        inv_freq, self._rope_factor = rope_inv_freq(config.rope, config.head_dim)
+        self._inv_freq = inv_freq.to(self.device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        attention: LayerAttention,
+        timer: PartTimer,
+        *,
+        keep_rows: Sequence[int] | None = None,
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ) -> Tensor:
+        """Return the last layer's hidden states ``[rows, E]`` of the kept rows (None: of all).
+
+        ``ids_T`` and ``positions_T`` are int64 on the model's device. What no
+        kept row needs is left out of the last layer.
+        """
+        x_TE = functional.embedding(ids_T, self._weights.embed_VE)
+        cos_sin = rope_cos_sin(positions_T, self._inv_freq, self._rope_factor)
+        for index, layer in enumerate(self._weights.layers):
+            with timer("gemm"):
+                q_THD, kv_TJD = self._project(layer, x_TE, cos_sin)
+            out_THD = attention(index, q_THD, kv_TJD)
+            if keep_rows is not None and index == len(self._weights.layers) - 1:
+                x_TE, out_THD = x_TE[keep_rows], out_THD[keep_rows]
+            with timer("gemm"):
+                out_TX = out_THD.flatten(1).to(self.dtype)
+                x_TE += functional.linear(out_TX, layer.out_EX, layer.out_bias_E)
+                self._add_mlp(layer, x_TE)
+            on_layer(index)
+        return x_TE
+
+    @torch.inference_mode()
+    def logits(self, hidden_TE: Tensor) -> Tensor:
+        """Return ``logits_TV`` in float32."""
+        normed_TE = self._norm(hidden_TE, self._weights.final_norm_E)
+        return functional.linear(normed_TE, self._weights.lm_head_VE).float()
+
+    def _project(
+        self, layer: LayerWeights, x_TE: Tensor, cos_sin: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        H, K, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        normed_TE = self._norm(x_TE, layer.input_norm_E)
+        qkv_TPD = functional.linear(normed_TE, layer.qkv_PE, layer.qkv_bias_P).unflatten(1, (-1, D))
+        apply_rope_(qkv_TPD[:, : H + K], *cos_sin)
+        return qkv_TPD[:, :H], qkv_TPD[:, H:].contiguous()
+
+    def _add_mlp(self, layer: LayerWeights, x_TE: Tensor) -> None:
+        for rows_TE in x_TE.split(MLP_TOKENS[self.device.type]):
+            normed_TE = self._norm(rows_TE, layer.post_norm_E)
+            gate_up_TF = functional.linear(normed_TE, layer.gate_up_FE, layer.gate_up_bias_F)
+            gate_TF, up_TF = gate_up_TF.chunk(2, dim=1)
+            product_TF = functional.silu(gate_TF).mul_(up_TF)
+            rows_TE += functional.linear(product_TF, layer.down_EF, layer.down_bias_E)
+
+    def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
+        return functional.rms_norm(x_TE, weight_E.shape, weight_E, self.config.norm_eps)

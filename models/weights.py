@@ -1,0 +1,319 @@
+"""The weights of a decoder: read from safetensors into fused tensors, or random for benchmarks.
+
+The file headers are checked against the config before anything is allocated.
+Then each tensor is read straight to the device, one at a time, into its slice of
+a fused tensor, so the peak beyond the weights themselves is one tensor.
+
+Shapes: E = hidden size, V = vocabulary, X = H * D (H query heads of dim D),
+P = (H + 2K) * D (K kv heads), F = intermediate size; gate and up together are 2F.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.config import ModelConfig, no_checkpoint, read_json
+from models.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer; every projection is [rows out, columns in], as in `torch.nn.Linear`."""
+
+    input_norm_E: Tensor
+    qkv_PE: Tensor  # rows of q, then k, then v
+    qkv_bias_P: Tensor | None
+    out_EX: Tensor
+    out_bias_E: Tensor | None
+    post_norm_E: Tensor  # before the MLP
+    gate_up_FE: Tensor  # 2F rows: gate, then up
+    gate_up_bias_F: Tensor | None  # 2F values: gate, then up
+    down_EF: Tensor
+    down_bias_E: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderWeights:
+    """All weights of a decoder, of one dtype, on one device."""
+
+    embed_VE: Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm_E: Tensor
+    lm_head_VE: Tensor  # the same tensor object as embed_VE where they are tied
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNames:
+    """What a family calls its modules in the file, without ``.weight`` and ``.bias``."""
+
+    embed: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    lm_head: str = "lm_head"
+    layer: str = "model.layers.{}."  # the prefix of all that follow
+    input_norm: str = "input_layernorm"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    out: str = "self_attn.o_proj"
+    post_norm: str = "post_attention_layernorm"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+
+
+TENSOR_NAMES = {"llama": TensorNames()}
+
+_HARMLESS_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old checkpoints saved; see models.rope
+_DTYPES = ("F64", "F32", "F16", "BF16")  # as the header calls them; no others hold plain weights
+_PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "consolidated.*.pth")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_weights(
+    directory: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+) -> DecoderWeights:
+    """Read model.safetensors, or the shards that model.safetensors.index.json names.
+
+    Raises:
+        CheckpointError: The files are missing or damaged, or hold other tensors than `config` says.
+    """
+    files = _weight_files(directory)
+    headers = _read_headers(files)
+    names = _tied_names(TENSOR_NAMES[config.family], config, headers)
+    lm_head = f"{names.lm_head}.weight" if config.tie_word_embeddings else None
+    wanted = _slices(_empty(config, torch.device("meta"), dtype), config, names)
+    single = files == [directory / _SINGLE]
+    _check_names(wanted, headers, lm_head, directory / (_SINGLE if single else _INDEX))
+    _check_tensors(wanted, headers)
+    weights = _empty(config, device, dtype)
+    slices = _slices(weights, config, names)
+    for path in files:
+        with _open(path, device) as file:
+            for name in (name for name in slices if headers[name].path == path):
+                slices[name].copy_(file.get_tensor(name))
+    if lm_head in headers.keys() - slices.keys():
+        _check_tied_head(weights.embed_VE, lm_head, headers[lm_head].path)
+    return weights
+
+
+def random_weights(
+    config: ModelConfig, *, device: torch.device, dtype: torch.dtype, seed: int
+) -> DecoderWeights:
+    """Return weights of the same structure, normal(0, 0.02), for benchmarks; norms are 1."""
+    rng = torch.Generator(device).manual_seed(seed)
+    weights = _empty(config, device, dtype)
+    for tensor in _tensors(weights):
+        tensor.normal_(0.0, 0.02, generator=rng)
+    for layer in weights.layers:
+        layer.input_norm_E.fill_(1.0)
+        layer.post_norm_E.fill_(1.0)
+    weights.final_norm_E.fill_(1.0)
+    return weights
+
+
+def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes that the weights take on a device; allocates nothing."""
+    tensors = _tensors(_empty(config, torch.device("meta"), dtype))
+    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+
+
+def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
+    """Allocate every tensor, fused, with its final shape, and not yet a value."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attention = config.num_heads * config.head_dim
+    qkv = attention + 2 * config.num_kv_heads * config.head_dim
+    embed_VE = empty(config.vocab_size, hidden)
+    layers = tuple(
+        LayerWeights(
+            input_norm_E=empty(hidden),
+            qkv_PE=empty(qkv, hidden),
+            qkv_bias_P=empty(qkv) if config.attention_bias else None,
+            out_EX=empty(hidden, attention),
+            out_bias_E=empty(hidden) if config.attention_out_bias else None,
+            post_norm_E=empty(hidden),
+            gate_up_FE=empty(2 * inner, hidden),
+            gate_up_bias_F=empty(2 * inner) if config.mlp_bias else None,
+            down_EF=empty(hidden, inner),
+            down_bias_E=empty(hidden) if config.mlp_bias else None,
+        )
+        for _ in range(config.num_layers)
+    )
+    return DecoderWeights(
+        embed_VE=embed_VE,
+        layers=layers,
+        final_norm_E=empty(hidden),
+        lm_head_VE=embed_VE if config.tie_word_embeddings else empty(config.vocab_size, hidden),
+    )
+
+
+def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
+    """Yield every tensor once, also where two fields share one."""
+    yield weights.embed_VE
+    for layer in weights.layers:
+        yield from (tensor for tensor in vars(layer).values() if tensor is not None)
+    yield weights.final_norm_E
+    if weights.lm_head_VE is not weights.embed_VE:
+        yield weights.lm_head_VE
+
+
+def _slices(weights: DecoderWeights, config: ModelConfig, names: TensorNames) -> dict[str, Tensor]:
+    """Map each tensor name of the checkpoint to the view that it fills."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qkv, gate_up = (names.query, names.key, names.value), (names.gate, names.up)
+    slices = {
+        f"{names.embed}.weight": weights.embed_VE,
+        f"{names.final_norm}.weight": weights.final_norm_E,
+    }
+    if not config.tie_word_embeddings:
+        slices[f"{names.lm_head}.weight"] = weights.lm_head_VE
+    for index, layer in enumerate(weights.layers):
+        fused: list[tuple[tuple[str, ...], list[int], Tensor, Tensor | None]] = [
+            ((names.input_norm,), [config.hidden_size], layer.input_norm_E, None),
+            (qkv, [query, key, key], layer.qkv_PE, layer.qkv_bias_P),
+            ((names.out,), [config.hidden_size], layer.out_EX, layer.out_bias_E),
+            ((names.post_norm,), [config.hidden_size], layer.post_norm_E, None),
+            (gate_up, [config.intermediate_size] * 2, layer.gate_up_FE, layer.gate_up_bias_F),
+            ((names.down,), [config.hidden_size], layer.down_EF, layer.down_bias_E),
+        ]
+        prefix = names.layer.format(index)
+        for modules, rows, weight, bias in fused:
+            for suffix, tensor in (("weight", weight), ("bias", bias)):
+                if tensor is not None:
+                    parts = zip(modules, tensor.split(rows), strict=True)
+                    slices |= {f"{prefix}{module}.{suffix}": part for module, part in parts}
+    return slices
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, in order; all of them are there."""
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    index = directory / _INDEX
+    if not index.is_file():
+        raise _no_safetensors(directory)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} lacks weight_map, the file that each tensor lies in")
+    files = sorted({str(name) for name in weight_map.values()})
+    for name in files:
+        # Judged by its text: links inside the directory may well lead to a blob store outside.
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"{index} names {name}, which lies outside of its directory")
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is not there: download it")
+    return [directory / name for name in files]
+
+
+def _no_safetensors(directory: Path) -> CheckpointError:
+    pickles = sorted(path.name for glob in _PICKLE_PATTERNS for path in directory.glob(glob))
+    if pickles:
+        return CheckpointError(
+            f"{directory} holds its weights as pickle ({pickles[0]}), which can run code when read:"
+            " convert it with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            " of transformers, which writes safetensors"
+        )
+    if directory.is_dir() and any(directory.glob("*.safetensors")):
+        return CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
+    return no_checkpoint(directory)
+
+
+@contextmanager
+def _open(path: Path, device: torch.device) -> Iterator[Any]:
+    """Open a safetensors file for reading to `device`; a damaged one is a CheckpointError."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or incomplete ({error}): download it again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of one tensor."""
+
+    path: Path
+    shape: list[int]
+    dtype: str  # as safetensors calls it
+
+
+def _read_headers(files: list[Path]) -> dict[str, _Header]:
+    headers: dict[str, _Header] = {}
+    for path in files:
+        with _open(path, torch.device("cpu")) as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                part = file.get_slice(name)
+                headers[name] = _Header(path, list(part.get_shape()), str(part.get_dtype()))
+    return headers
+
+
+def _tied_names(
+    names: TensorNames, config: ModelConfig, headers: Mapping[str, _Header]
+) -> TensorNames:
+    """Return the names to read; safetensors keeps one of two tied tensors, maybe the other one."""
+    embed, lm_head = f"{names.embed}.weight", f"{names.lm_head}.weight"
+    if config.tie_word_embeddings and lm_head in headers and embed not in headers:
+        return replace(names, embed=names.lm_head)
+    return names
+
+
+def _check_names(
+    slices: Mapping[str, Tensor], headers: Mapping[str, _Header], ignored: str | None, source: Path
+) -> None:
+    """Refuse tensors that are missing, and tensors that the model would leave unused."""
+    missing = sorted(slices.keys() - headers.keys())
+    if missing:
+        raise CheckpointError(f"{source} lacks {_some(missing)}")
+    extra = sorted(
+        name
+        for name in headers.keys() - slices.keys()
+        if name != ignored and not name.endswith(_HARMLESS_SUFFIX)
+    )
+    if extra:
+        raise CheckpointError(
+            f"{source} holds {_some(extra)}, which config.json does not account for:"
+            " serving without would give wrong answers"
+        )
+
+
+def _check_tensors(slices: Mapping[str, Tensor], headers: Mapping[str, _Header]) -> None:
+    """Refuse tensors that are misshapen or quantized."""
+    for name, expected in slices.items():
+        header, shape = headers[name], list(expected.shape)
+        if header.shape != shape:
+            raise CheckpointError(
+                f"{name} in {header.path} has shape {header.shape}, expected {shape} by config.json"
+            )
+        if header.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{name} in {header.path} is stored as {header.dtype},"
+                f" supported: {', '.join(_DTYPES)}"
+            )
+
+
+def _check_tied_head(embed_VE: Tensor, name: str, path: Path) -> None:
+    """Refuse a tied checkpoint whose stored output projection is not its embedding."""
+    with _open(path, embed_VE.device) as file:
+        if torch.equal(file.get_tensor(name).to(embed_VE.dtype), embed_VE):
+            return
+    raise CheckpointError(
+        f"{name} in {path} differs from the embedding that config.json ties it to:"
+        " set tie_word_embeddings to false if it is meant to be used"
+    )
+
+
+def _some(names: list[str]) -> str:
+    """Name the first three, and count the rest."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

@@ -1,0 +1,94 @@
+"""A cluster without Ray: GPU workers as threads of one process, driven as the coordinator does."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from actors.generation import Generation
+from actors.messages import Plan, StepResult, WorkerSpec
+from actors.worker import GPUWorker
+from attention import Ring, ThreadRanks
+from models.config import read_model_config
+from models.sampling import SamplingParams
+
+GREEDY_32 = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
+
+
+class ThreadCluster:
+    """N ranks of one checkpoint; use as a context manager."""
+
+    def __init__(
+        self, checkpoint: Path, num_ranks: int, *, num_pages: int = 256, **settings: Any
+    ) -> None:
+        self.config = read_model_config(checkpoint)
+        self.num_ranks = num_ranks
+        self._settings = {"decode_block_tokens": 16, "burst_steps": 16, **settings}
+        self._sequences = 0
+        self._exit = ExitStack()
+        self.ranks = self._exit.enter_context(ThreadRanks(num_ranks))
+        self.workers = [GPUWorker(_spec(checkpoint, rank, num_ranks)) for rank in range(num_ranks)]
+
+        def bring_up(ring: Ring) -> None:
+            worker = self.workers[ring.rank]
+            worker.load()
+            worker.allocate(num_pages)
+            worker.join(ring)
+
+        self.ranks.run(bring_up)
+
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams = GREEDY_32, seed: int = 0
+    ) -> list[int]:
+        """Return the answer's token ids; every rank must have seen the same ones."""
+        self._sequences += 1
+        generation = Generation(
+            sequence_id=self._sequences,
+            prompt=np.asarray(prompt, dtype=np.int32),
+            params=params,
+            seed=seed if params.seed is None else params.seed,
+            eos_ids=self.config.eos_token_ids,
+            num_ranks=self.num_ranks,
+            max_model_len=self.config.max_position_embeddings,
+            **self._settings,
+        )
+        release: tuple[int, ...] = (self._sequences - 1,)
+        while plan := generation.next_plan(0, release):
+            results = self.execute(plan)
+            assert len({result.token_ids for result in results}) == 1
+            generation.advance(results[0].token_ids)
+            release = ()
+        return generation.token_ids
+
+    def execute(self, plan: Plan) -> list[StepResult]:
+        """Have every rank execute a plan, as the coordinator does."""
+        return self.ranks.run(lambda ring: self.workers[ring.rank].execute(plan))
+
+    def __enter__(self) -> "ThreadCluster":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._exit.close()
+
+
+def _spec(checkpoint: Path, rank: int, num_ranks: int) -> WorkerSpec:
+    return WorkerSpec(
+        rank=rank,
+        num_ranks=num_ranks,
+        checkpoint=str(checkpoint),
+        device="cpu",
+        dtype="auto",
+        page_tokens=256,
+        threads=1,
+        ranks_on_host=num_ranks,
+        gpu_memory_utilization=0.9,
+        kv_cache_memory_bytes=None,
+    )
