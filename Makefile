@@ -9,7 +9,7 @@ demo: $(STAMP)  ## answer questions out of a long context that is sharded over t
 	$(VENV)/bin/ringspan demo -cp 2 --context-tokens 16384
 
 test: $(STAMP) check  ## static checks, then unit and integration tests
-	$(PY) -m pytest -m "not campaign and not gpu"
+	$(PY) -m pytest -m "not campaign and not gpu" -n 2 --dist loadfile
 
 check: $(STAMP)  ## ruff, mypy and import directions
 	$(VENV)/bin/ruff check .

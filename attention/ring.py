@@ -43,7 +43,8 @@ class Ring(Protocol):
         """Start to send to the next rank and to receive from the previous one.
 
         Both tensors are contiguous and untouched until `wait`. ``incoming`` has
-        the shape of what the previous rank sends; either may be empty.
+        the shape of what the previous rank sends (gloo ends the process where it
+        has not); either may be empty. A ring of one rank has nobody to exchange with.
         """
 
     def all_gather(self, part: Tensor) -> Tensor:

@@ -34,21 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {(unknown or rest)[0]}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    signal.signal(signal.SIGTERM, _exit_cleanly)
+    stopped_by = [signal.SIGINT]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        """End on SIGTERM as on Ctrl-C; what `ray.get` makes of a SystemExit is status 1."""
+        stopped_by[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         status: int = options.run(options)
     except (RingspanError, ConfigError) as error:
         print(f"ringspan: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("ringspan: interrupted", file=sys.stderr)
-        return 130
+        print(f"ringspan: stopped by {stopped_by[0].name}", file=sys.stderr)
+        return 128 + stopped_by[0]
     return status
-
-
-def _exit_cleanly(signal_number: int, frame: FrameType | None) -> None:
-    """Let `with LLM(...)` end its processes on SIGTERM as on an error."""
-    raise SystemExit(128 + signal_number)
 
 
 if __name__ == "__main__":

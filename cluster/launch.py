@@ -4,7 +4,10 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -111,16 +114,14 @@ def _connect_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address in (None, "", "local"):
         _guard_local_ray()
-        ray.init(
-            "local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **options,
-        )
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        with _own_sigterm():
+            ray.init("local", **options)
         return True
     _probe(address)
     try:
-        ray.init(address, **options)
+        with _own_sigterm():
+            ray.init(address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RayUnreachable(
@@ -128,6 +129,15 @@ def _connect_ray(address: str | None) -> bool:
             " RAY_AUTH_MODE agree with it?)"
         ) from None
     return True
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's way to end on SIGTERM: `ray.init` puts its own in its place."""
+    previous = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _guard_local_ray() -> None:

@@ -1,5 +1,6 @@
 """Every option: its default, its unit, its check. Flags of the command line have the same names."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,6 +86,8 @@ class Config:
 
 def _positive(section: str, config: object, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < math.inf:
             key = f"{section}.{name}" if section else name
-            raise ValueError(f"{key} must be greater than 0, got {getattr(config, name)}")
+            raise ValueError(
+                f"{key} must be greater than 0 and finite, got {getattr(config, name)}"
+            )

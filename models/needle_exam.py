@@ -13,12 +13,12 @@ that the exam expects after position r. It asks
   distance that fits hits its target, and is left out if that row is never free;
 - for the tally of all votes.
 
-The votes are planted so that every wrong weighting of the shards shows. Each
-shard holds two votes for the loser; one shard holds all of the winner's, one
-more than the loser has in total. So the loser wins if the outputs of ranks are
-averaged, or weighted by exp(max) rather than exp(lse), if a shard without votes
-for the winner counts twice, or if the winner's shard is lost. A rank may hold
-any shards; all this needs two ranks at least.
+The votes are planted so that wrong weights of the shards show. Each shard (of
+many: each of ten) holds two votes for the loser; one shard holds all of the
+winner's, one more than the loser has in total. So the loser wins if the outputs
+of two or more ranks are averaged, or weighted by exp(max) rather than exp(lse),
+if a voting shard other than the winner's counts twice, or if the winner's is
+lost, whichever ranks hold the shards. The winner's counted twice does not show.
 """
 
 from collections.abc import Sequence

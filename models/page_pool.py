@@ -53,7 +53,7 @@ class PagePool:
 
     def run(self, sequence_id: int) -> Run:
         """Return the run of a sequence, empty if it has none yet."""
-        return self._runs.setdefault(sequence_id, Run())
+        return self._runs.get(sequence_id) or Run()
 
     def grow(self, sequence_id: int, num_rows: int) -> int:
         """Make room for further rows of a sequence; return the index of the first of them.
@@ -67,6 +67,7 @@ class PagePool:
             raise MemoryError(
                 f"{needed} KV pages needed, {len(self._free)} of {self.num_pages} free"
             )
+        self._runs[sequence_id] = run
         run.page_ids += [heapq.heappop(self._free) for _ in range(needed)]
         first_row = run.num_rows
         run.num_rows += num_rows

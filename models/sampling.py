@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class SamplingParams:
             _check_type(field.name, getattr(self, field.name))
         if self.max_tokens < 1:
             raise SamplingError(f"max_tokens must be >= 1, got {self.max_tokens}")
-        if not 0.0 <= self.temperature < math.inf:
+        if not 0.0 <= self.temperature <= sys.float_info.max:
             raise SamplingError(
                 f"temperature must be a number >= 0 (0 is greedy), got {self.temperature}"
             )
@@ -52,9 +52,10 @@ def sample(logits_V: Tensor, *, temperature: float, seed: int, index: int) -> in
     if temperature == 0.0:
         return int(logits_V.argmax())
     generator = torch.Generator().manual_seed(_mix(seed, index))
-    # argmax of p / e with e ~ Exp(1) draws from p: one pass, no sum of p needed.
-    noise_V = torch.empty(logits_V.shape, dtype=torch.float32).exponential_(generator=generator)
-    scaled_V = (logits_V.float() / temperature).log_softmax(-1)
+    # argmax of p / e with e ~ Exp(1) draws from p: one pass, no sum of p needed. The best logit
+    # becomes 0, so that a tiny temperature tends to greedy instead of overflowing.
+    noise_V = torch.empty(logits_V.shape, dtype=torch.float64).exponential_(generator=generator)
+    scaled_V = (logits_V.double() - logits_V.max()) / temperature
     return int((scaled_V - noise_V.log().to(scaled_V.device)).argmax())
 
 

@@ -7,12 +7,16 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from actors.generation import Generation
 from actors.messages import Plan, StepResult, WorkerSpec
 from actors.worker import GPUWorker
-from attention import Ring, ThreadRanks
+from attention import PassKVAttention, Ring, ThreadRanks, Zigzag
+from attention.timing import PartTimer
 from models.config import read_model_config
+from models.layer_attention import PrefillAttention
 from models.sampling import SamplingParams
 
 GREEDY_32 = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
@@ -62,6 +66,33 @@ class ThreadCluster:
             generation.advance(results[0].token_ids)
             release = ()
         return generation.token_ids
+
+    def predictions(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the greedy next token after every token of a prompt, from one prefill."""
+        return self.logits(token_ids).argmax(-1).tolist()
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Return the logits ``[T, V]`` that follow every token of a prompt, from one prefill."""
+        ids_T = torch.tensor(token_ids)
+        zigzag = Zigzag(num_tokens=len(token_ids), num_ranks=self.num_ranks)
+        self._sequences += 1
+        sequence_id = self._sequences
+
+        def predict(ring: Ring) -> Tensor:
+            decoder, pool = self.workers[ring.rank]._decoder, self.workers[ring.rank]._pool
+            timer = PartTimer(decoder.device)
+            pool.grow(sequence_id, zigzag.count(ring.rank))
+            around_ring = PassKVAttention(zigzag, ring, timer)
+            attention = PrefillAttention(sequence_id, pool, around_ring, timer)
+            ids, positions = ids_T[zigzag.indices(ring.rank)], zigzag.positions(ring.rank)
+            hidden_TE = decoder.forward(ids, positions, attention, timer)
+            pool.release(sequence_id)
+            return decoder.logits(hidden_TE)
+
+        logits_TV = torch.empty(len(ids_T), self.config.vocab_size)
+        for rank, of_rank_TV in enumerate(self.ranks.run(predict)):
+            logits_TV[zigzag.indices(rank)] = of_rank_TV
+        return logits_TV
 
     def execute(self, plan: Plan) -> list[StepResult]:
         """Have every rank execute a plan, as the coordinator does."""

@@ -1,0 +1,211 @@
+"""``ringspan`` as a user types it: answers, one sentence for wrong input, no process left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.__main__ import main
+from models.needle_text import make_demo, question
+from tests.checkpoints import edit_json, write_llama_checkpoint
+
+RINGSPAN = [sys.executable, "-m", "cluster"]
+
+# What is refused before any process starts: (arguments behind `generate`, words of the sentence).
+REFUSED = [
+    (["{nowhere}", "--prompt", "hi"], "No checkpoint at"),
+    (["{needle}"], "no prompt: give --prompt"),
+    (["{needle}", "--prompt", "hi", "-tp", "2"], "tensor_parallel_size must be 1"),
+    (["{needle}", "--prompt", "hi", "-cp", "0"], "context_parallel_size must be greater than 0"),
+    (["{needle}", "--prompt", "hi", "--dtype", "int3"], "dtype: Invalid value 'int3'"),
+    (["{needle}", "--prompt", "hi", "ring.algoritm=x"], "did you mean ring.algorithm"),
+    (["{needle}", "--prompt", "hi", "--temperature", "-1"], "temperature must be a number >= 0"),
+    (["{needle}", "--prompt", "hi", "--max-tokens", "0"], "max_tokens must be >= 1"),
+    (["{needle}", "--prompt-token-ids", "1,b"], "--prompt-token-ids must be integers"),
+    (["{needle}", "--prompt-file", "{nowhere}"], "cannot read the prompt file"),
+    (["{needle}", "--prompt", "hi", "--config", "{nowhere}"], "cannot read"),
+    (["{needle}", "--prompt", "hi", "ray.address=127.0.0.1:9"], "no Ray cluster at 127.0.0.1:9"),
+    (["{needle}", "--prompt", "hi", "ray.address=auto"], "cannot join the Ray cluster at auto"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), REFUSED)
+def test_wrong_input_is_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    needle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit status 1, one line on stderr, nothing on stdout."""
+    places = {"needle": needle, "nowhere": tmp_path / "nowhere"}
+
+    status = main(["generate", *(argument.format(**places) for argument in arguments)])
+
+    printed = capsys.readouterr()
+    assert status == 1
+    assert printed.out == ""
+    assert sentence in printed.err
+    assert printed.err.startswith("ringspan: ")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--foo"], ["stray"], []])
+def test_unknown_arguments_are_named(
+    arguments: list[str], needle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(needle), "--prompt", "hi", *arguments] if arguments else []
+    with pytest.raises(SystemExit) as exit_info:
+        main(command)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_unsupported_checkpoints_are_refused_before_a_process_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What config.json tells is told at once; the weights are looked at by the ranks."""
+    checkpoint = write_llama_checkpoint(tmp_path)
+    edit_json(checkpoint / "config.json", architectures=["MambaForCausalLM"])
+    assert main(["generate", str(checkpoint), "--prompt-token-ids", "1"]) == 1
+    assert "MambaForCausalLM" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_pickle_and_damaged_checkpoints_are_refused_by_the_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sentence comes from the rank through Ray without a traceback."""
+    checkpoint = write_llama_checkpoint(tmp_path)
+    weights = checkpoint / "model.safetensors"
+    capsys.readouterr()
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["generate", str(checkpoint), "--prompt-token-ids", "1", "-cp", "2"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+    weights.rename(checkpoint / "pytorch_model.bin")
+    assert main(["generate", str(checkpoint), "--prompt-token-ids", "1"]) == 1
+    printed = capsys.readouterr().err
+    assert "safetensors" in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_generate_prints_json_and_steps(needle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One JSON object a prompt on stdout; --log-steps has a line for every step on stderr."""
+    arguments = ["generate", str(needle), "--json", "--log-steps", "--prompt", "one", "-cp", "2"]
+
+    assert main([*arguments, "--prompt", "two", "ring.piece_bytes=4096"]) == 0
+
+    printed = capsys.readouterr()
+    answers = [json.loads(line) for line in printed.out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["one", "two"]
+    assert answers[0]["steps"][0]["phase"] == "prefill"
+    assert "step 0 prefill 4 tokens" in printed.err
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_demo_exits_with_an_error_if_an_answer_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit status is what `make demo` is trusted for."""
+    monkeypatch.setattr("cluster.demo.DEPTHS", (0.5,))
+    assert main(["demo", "-cp", "2", "--context-tokens", "2048"]) == 0
+    assert "1 of 1 answers are right" in capsys.readouterr().out
+
+    monkeypatch.setattr("cluster.demo.question", lambda key: question("pass key of nobody"))
+    assert main(["demo", "-cp", "2", "--context-tokens", "2048"]) == 1
+    assert "WRONG, expected" in capsys.readouterr().out
+
+
+def test_two_clusters_in_one_plain_script_leave_nothing(needle: Path, tmp_path: Path) -> None:
+    """No ``__main__`` guard, one `LLM` after the other; processes and shared memory are gone."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from cluster import LLM, SamplingParams\n"
+        "for ranks in (1, 2):\n"
+        f"    with LLM({str(needle)!r}, context_parallel_size=ranks) as llm:\n"
+        "        out = llm.generate('The key is', SamplingParams(max_tokens=2, temperature=0))\n"
+        "        print(ranks, out[0].outputs[0].finish_reason)\n"
+    )
+    before = _shared_memory()
+
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=_marked()
+    )
+
+    assert run.stdout == "1 stop\n2 stop\n"
+    assert run.stderr == ""
+    assert run.returncode == 0
+    _assert_nothing_left(before)
+
+
+@pytest.mark.parametrize(
+    ("stop", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_stopped_command_leaves_nothing(
+    needle: Path, tmp_path: Path, stop: signal.Signals, status: int
+) -> None:
+    """Ctrl-C, SIGTERM and even SIGKILL in the middle of a prefill end all processes."""
+    prompt_file = tmp_path / "prompt.txt"
+    prompt_file.write_text(make_demo(60000, seed=3).prompt_text)
+    before = _shared_memory()
+    command = [*RINGSPAN, "generate", str(needle), "--prompt-file", str(prompt_file), "-cp", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_marked()
+    )
+    _wait_for_ranks(2)
+    time.sleep(2.0)
+
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    _assert_nothing_left(before)
+
+
+MARK = "RINGSPAN_TEST_MARK"
+
+
+def _marked() -> dict[str, str]:
+    """An environment by which the processes of this test are found among all."""
+    return {**os.environ, MARK: str(os.getpid())}
+
+
+def _marked_processes() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _wait_for_ranks(count: int, limit_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while time.monotonic() < deadline_s:
+        if sum("GPUWorker" in process.name() for process in _marked_processes()) >= count:
+            return
+        time.sleep(0.2)
+    pytest.fail(f"no {count} ranks within {limit_s} s: {_marked_processes()}")
+
+
+def _shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def _assert_nothing_left(shared_memory_before: set[str]) -> None:
+    deadline_s = time.monotonic() + 20.0
+    while _marked_processes() and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert _marked_processes() == []
+    assert _shared_memory() <= shared_memory_before

@@ -1,0 +1,265 @@
+"""From prompt to answer: the plans of one request, and when it ends."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.generation import Generation
+from actors.messages import DecodePlan, Plan, PrefillPlan
+from attention import Zigzag
+from models.sampling import SamplingParams
+
+EOS = 2
+OTHER = 9  # any token that does not stop
+
+
+def make_generation(prompt_tokens: int = 10, **settings: Any) -> Generation:
+    params = SamplingParams(
+        max_tokens=settings.pop("max_tokens", 40),
+        temperature=settings.pop("temperature", 0.0),
+        ignore_eos=settings.pop("ignore_eos", False),
+    )
+    return Generation(
+        **{
+            "sequence_id": 5,
+            "prompt": np.arange(100, 100 + prompt_tokens, dtype=np.int32),
+            "params": params,
+            "seed": 77,
+            "eos_ids": (EOS, 3),
+            "num_ranks": 2,
+            "max_model_len": 1000,
+            "decode_block_tokens": 16,
+            "burst_steps": 16,
+            **settings,
+        }
+    )
+
+
+def answer(generation: Generation, stop_at: int | None = None, stop_id: int = EOS) -> list[Plan]:
+    """Execute all plans as ranks would, token ``stop_at`` being a stop id; return the plans."""
+    plans: list[Plan] = []
+    while plan := generation.next_plan(len(plans)):
+        plans.append(plan)
+        steps = len(plan.owners) if isinstance(plan, DecodePlan) else 1
+        tokens: list[int] = []
+        for step in range(steps):
+            index = len(generation.token_ids) + step
+            tokens.append(stop_id if index == stop_at else OTHER)
+            if tokens[-1] in plan.draw.stop_ids:
+                break
+        generation.advance(tuple(tokens))
+    return plans
+
+
+def bursts(plans: list[Plan]) -> list[int]:
+    return [len(plan.owners) for plan in plans if isinstance(plan, DecodePlan)]
+
+
+def owners(plans: list[Plan]) -> list[int]:
+    return [rank for plan in plans if isinstance(plan, DecodePlan) for rank in plan.owners]
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 2, 3, 17])
+def test_first_plan_computes_the_whole_prompt(prompt_tokens: int) -> None:
+    """All new tokens at once; the rank that holds the last one samples."""
+    generation = make_generation(prompt_tokens, temperature=0.5)
+
+    plan = generation.next_plan(8)
+
+    assert isinstance(plan, PrefillPlan)
+    assert plan.number == 8
+    assert plan.sequence_id == 5
+    assert plan.token_ids.tolist() == list(range(100, 100 + prompt_tokens))
+    assert plan.algorithm == "pass_kv"
+    assert plan.sampling_rank == 0
+    assert (plan.draw.temperature, plan.draw.seed, plan.draw.stop_ids) == (0.5, 77, (EOS, 3))
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 2, 10])
+def test_decode_goes_on_where_the_last_plan_ended(prompt_tokens: int) -> None:
+    """A burst begins with the last token, not computed yet, at the position after all cached."""
+    plans = answer(make_generation(prompt_tokens, max_tokens=20, burst_steps=8))
+
+    decodes = [plan for plan in plans if isinstance(plan, DecodePlan)]
+
+    assert [plan.number for plan in plans] == [0, 1, 2, 3]
+    assert [plan.position for plan in decodes] == [prompt_tokens + i for i in (0, 8, 16)]
+    assert [plan.index for plan in decodes] == [1, 9, 17]
+    assert {plan.token_id for plan in decodes} == {OTHER}
+    assert {plan.sequence_id for plan in decodes} == {5}
+    assert all(plan.draw == plans[0].draw for plan in decodes)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "burst_steps", "expected"),
+    [
+        (1, 16, []),
+        (2, 16, [1]),
+        (17, 16, [16]),
+        (18, 16, [16, 1]),
+        (40, 16, [16, 16, 7]),
+        (4, 1, [1, 1, 1]),
+    ],
+)
+def test_bursts_are_full_but_for_the_last(
+    max_tokens: int, burst_steps: int, expected: list[int]
+) -> None:
+    """The prefill samples the first token, so a burst never computes one too many."""
+    generation = make_generation(max_tokens=max_tokens, burst_steps=burst_steps)
+
+    plans = answer(generation)
+
+    assert isinstance(plans[0], PrefillPlan)
+    assert bursts(plans) == expected
+    assert len(generation.token_ids) == max_tokens
+    assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stop_id", [EOS, 3])
+@pytest.mark.parametrize("stop_at", [0, 1, 7, 16, 17])
+def test_stop_id_ends_the_answer(stop_at: int, stop_id: int) -> None:
+    """In the prefill, inside a burst or at its end; it is counted, but is no text."""
+    generation = make_generation()
+
+    answer(generation, stop_at, stop_id)
+
+    assert generation.finish_reason == "stop"
+    assert generation.token_ids == [OTHER] * stop_at + [stop_id]
+    assert generation.text_ids == [OTHER] * stop_at
+    assert generation.next_plan(99) is None
+
+
+def test_stop_id_as_the_last_allowed_token_is_a_stop() -> None:
+    """The model ended its answer; that it had no more room says nothing."""
+    generation = make_generation(max_tokens=5)
+
+    answer(generation, stop_at=4)
+
+    assert generation.finish_reason == "stop"
+
+
+def test_stop_ids_may_be_ignored() -> None:
+    """A benchmark wants answers of one length, and their text is all of it."""
+    generation = make_generation(max_tokens=12, ignore_eos=True)
+
+    plans = answer(generation, stop_at=4)
+
+    assert plans[0].draw.stop_ids == ()
+    assert generation.finish_reason == "length"
+    assert len(generation.token_ids) == 12
+    assert generation.text_ids == generation.token_ids
+
+
+@pytest.mark.parametrize(("prompt_tokens", "expected"), [(10, 10), (18, 2), (19, 1)])
+def test_answer_is_cut_where_the_context_ends(prompt_tokens: int, expected: int) -> None:
+    """Prompt and answer together are at most max_model_len: there are no pages for more."""
+    generation = make_generation(prompt_tokens, max_tokens=40, max_model_len=20)
+
+    plans = answer(generation)
+
+    assert len(generation.token_ids) == expected
+    assert sum(bursts(plans)) == expected - 1
+    assert generation.finish_reason == "length"
+
+
+def test_cached_tokens_are_all_but_the_last_sampled() -> None:
+    """Their KV lies on the ranks; a token's own is computed in the step after it."""
+    generation = make_generation(10, max_tokens=18)
+    assert generation.cached_tokens == 0
+
+    generation.next_plan(0)
+    generation.advance((OTHER,))
+    assert generation.cached_tokens == 10
+
+    generation.next_plan(1)
+    generation.advance((OTHER,) * 16)
+    assert generation.cached_tokens == 26
+
+
+def test_release_goes_with_the_plan_it_is_given_to() -> None:
+    """Pages are given back once, by the next plan of whichever kind."""
+    generation = make_generation()
+
+    first = generation.next_plan(0, (3, 4))
+    generation.advance((OTHER,))
+    second = generation.next_plan(1)
+    generation.advance((OTHER,))
+    third = generation.next_plan(2, (1,))
+
+    assert [plan.release if plan else None for plan in (first, second, third)] == [(3, 4), (), (1,)]
+
+
+def test_first_plan_may_be_asked_for_again() -> None:
+    """Until a token is there the next plan is the prefill, and the shares are counted once."""
+    again, once = make_generation(), make_generation()
+    again.next_plan(0)
+
+    assert owners(answer(again)) == owners(answer(once))
+
+
+def test_decode_blocks_alternate_on_even_shares() -> None:
+    """Ten prompt tokens are five on each rank; then blocks of four take turns."""
+    plans = answer(make_generation(10, max_tokens=18, decode_block_tokens=4, burst_steps=3))
+
+    assert owners(plans) == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [0]
+
+
+def test_first_block_goes_to_the_rank_with_fewest_rows() -> None:
+    """A prompt of one token is on rank 0."""
+    plans = answer(make_generation(1, max_tokens=10, decode_block_tokens=4))
+
+    assert owners(plans) == [1] * 4 + [0] * 4 + [1]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    prompt_tokens=st.integers(1, 60),
+    num_ranks=st.integers(1, 6),
+    block=st.integers(1, 20),
+    burst_steps=st.integers(1, 20),
+    max_tokens=st.integers(1, 200),
+)
+def test_shares_stay_even(
+    prompt_tokens: int, num_ranks: int, block: int, burst_steps: int, max_tokens: int
+) -> None:
+    """Every rank holds as much as the others, within a block, however long the answer.
+
+    A prefill's own shares may differ by two, see `Zigzag`.
+    """
+    plans = answer(
+        make_generation(
+            prompt_tokens,
+            num_ranks=num_ranks,
+            decode_block_tokens=block,
+            burst_steps=burst_steps,
+            max_tokens=max_tokens,
+        )
+    )
+
+    zigzag = Zigzag(num_tokens=prompt_tokens, num_ranks=num_ranks)
+    rows = Counter({rank: zigzag.count(rank) for rank in range(num_ranks)})
+    turns = owners(plans)
+    for step, rank in enumerate(turns):
+        if step % block == 0:
+            assert rows[rank] == min(rows.values())
+        else:
+            assert rank == turns[step - 1]
+        rows[rank] += 1
+        assert max(rows.values()) - min(rows.values()) <= max(2, block)
+    assert rows.total() == prompt_tokens + max_tokens - 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_owners_do_not_depend_on_the_bursts(burst_steps: int, other: int) -> None:
+    """A burst is a matter of latency; where KV lies is not."""
+    first, second = (
+        answer(make_generation(7, num_ranks=3, decode_block_tokens=5, burst_steps=steps))
+        for steps in (burst_steps, other)
+    )
+
+    assert owners(first) == owners(second)

@@ -1,0 +1,112 @@
+"""One conformance suite for every implementation of `Ring`; see tests/ring_conformance.py."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from attention import Ring, ThreadRanks
+from tests.ring_conformance import (
+    COLLECTIVE_CHECKS,
+    EXCHANGE_CHECKS,
+    PIECE_BYTES,
+    Check,
+    ProcessRanks,
+    exchange_until_peer_is_lost,
+    leave,
+)
+
+CPU = torch.device("cpu")
+all_checks = pytest.mark.parametrize(
+    "check", [*EXCHANGE_CHECKS, *COLLECTIVE_CHECKS], ids=lambda check: check.__name__
+)
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def thread_ranks(request: pytest.FixtureRequest) -> Iterator[ThreadRanks]:
+    with ThreadRanks(request.param, piece_bytes=PIECE_BYTES) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def process_ranks(request: pytest.FixtureRequest) -> Iterator[ProcessRanks]:
+    with ProcessRanks(request.param) as ranks:
+        yield ranks
+
+
+@all_checks
+def test_ring_of_threads_conforms(thread_ranks: ThreadRanks, check: Check) -> None:
+    """Tests of attention and of the cluster stand on this ring."""
+    thread_ranks.run(lambda ring: check(ring, CPU))
+
+
+@all_checks
+def test_ring_of_processes_conforms(process_ranks: ProcessRanks, check: Check) -> None:
+    """A cluster on CPU runs like this."""
+    process_ranks.run(check)
+
+
+@pytest.mark.parametrize("check", COLLECTIVE_CHECKS, ids=lambda check: check.__name__)
+def test_ring_of_one_conforms(check: Check) -> None:
+    """One rank is a cluster too: the same calls, no peer."""
+    with ThreadRanks(1) as ranks:
+        ranks.run(lambda ring: check(ring, CPU))
+
+
+def test_ranks_are_numbered_in_order() -> None:
+    """Results come in order of rank, and each ring knows its own number and the size."""
+    with ThreadRanks(3) as ranks:
+        assert ranks.run(lambda ring: (ring.rank, ring.size)) == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_error_of_a_rank_reaches_the_caller() -> None:
+    """A failed check in a thread must fail the test."""
+
+    def fail_on_last(ring: Ring) -> int:
+        if ring.rank == 1:
+            raise KeyError("rank 1")
+        return ring.rank
+
+    with ThreadRanks(2) as ranks, pytest.raises(KeyError, match="rank 1"):
+        ranks.run(fail_on_last)
+
+
+def test_wait_for_a_silent_peer_is_bounded() -> None:
+    """A peer that hangs without dying is given up after the ring's time."""
+
+    def exchange_alone(ring: Ring) -> float:
+        if ring.rank == 1:
+            return 0.0
+        start_s = time.monotonic()
+        with pytest.raises(RuntimeError):
+            ring.exchange(torch.zeros(4), torch.empty(4)).wait()
+        return time.monotonic() - start_s
+
+    with ThreadRanks(2, timeout_s=1.0) as ranks:
+        waited_s, _ = ranks.run(exchange_alone)
+
+    assert 0.5 < waited_s < 20.0
+
+
+def test_rank_that_does_not_come_is_given_up() -> None:
+    """A cluster whose rank died while loading says so, and does not wait for ever."""
+    import torch.distributed as dist
+
+    from attention.ring import connect_ring
+
+    start_s = time.monotonic()
+    with pytest.raises(RuntimeError):
+        connect_ring(dist.HashStore(), 0, 2, CPU, timeout_s=1.0)
+    assert time.monotonic() - start_s < 20.0
+
+
+def test_both_neighbours_notice_a_dead_rank() -> None:
+    """A dead process closes its connections: no neighbour waits for the ring's full time.
+
+    In a ring of three, rank 2 receives from the dead rank 1 and rank 0 sends to it.
+    """
+    with ProcessRanks(3, timeout_s=600.0) as ranks:
+        start_s = time.monotonic()
+        ranks.run(exchange_until_peer_is_lost, leave, exchange_until_peer_is_lost)
+        assert time.monotonic() - start_s < 30.0
