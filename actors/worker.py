@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.device_memory import available_kv_bytes
+from actors.errors import PlacementError
 from actors.messages import DecodePlan, Draw, Plan, PrefillPlan, StepResult, WorkerInfo, WorkerSpec
 from attention import PassKVAttention, Ring, Zigzag
 from attention.ring import connect_ring
 from attention.timing import PartTimer
 from models.config import read_model_config
 from models.decoder import Decoder
-from models.errors import CheckpointError
 from models.layer_attention import DecodeAttention, PrefillAttention
 from models.page_pool import PagePool
 from models.sampling import sample
@@ -49,8 +49,8 @@ class GPUWorker:
         """Read the checkpoint onto this rank's device.
 
         Raises:
-            CheckpointError: It is missing, damaged or not supported, or CUDA is
-                asked for and torch sees no device.
+            CheckpointError: It is missing, damaged or not supported.
+            PlacementError: CUDA is asked for and torch sees no device.
         """
         start_s = time.perf_counter()
         spec, directory = self._spec, Path(self._spec.checkpoint)
@@ -205,7 +205,7 @@ class GPUWorker:
         if self._spec.device == "cpu":
             return torch.device("cpu")
         if not torch.cuda.is_available():
-            raise CheckpointError(
+            raise PlacementError(
                 f"rank {self._spec.rank} was given a GPU by Ray, but torch {torch.__version__} sees"
                 " none there: install a CUDA build of torch, or pass --device cpu"
             )
