@@ -10,14 +10,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 import torch.distributed as dist
 
-from actors.errors import PlacementError
+from actors.cluster_info import ClusterInfo, size_pool
 from actors.generation import Generation
 from actors.messages import (
     CompletionOutput,
@@ -28,7 +27,6 @@ from actors.messages import (
     RequestMetrics,
     RequestOutput,
     StepRecord,
-    WorkerInfo,
     WorkerSpec,
 )
 from actors.placement import Place, place
@@ -37,19 +35,6 @@ from actors.ranks import Ranks
 from configs import Config
 from models.config import ModelConfig, read_model_config
 from models.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterInfo:
-    """What a cluster is, once it is up."""
-
-    model: str
-    num_ranks: int
-    hosts: tuple[str, ...]  # of each rank
-    workers: tuple[WorkerInfo, ...]
-    max_model_len: int
-    kv_capacity_tokens: int  # over all ranks
-    has_tokenizer: bool
 
 
 class Coordinator:
@@ -91,7 +76,13 @@ class Coordinator:
             asyncio.to_thread(Tokenizer.load, directory),
             self._ranks.call("load", timeout_s=config.ray.start_timeout_s),
         )
-        self._info = self._size_pool(infos, places)
+        self._info = size_pool(
+            config,
+            self._model.max_position_embeddings,
+            infos,
+            places,
+            has_tokenizer=self._tokenizer is not None,
+        )
         num_pages = self._info.kv_capacity_tokens // config.page_tokens // len(places)
         await self._ranks.call("allocate", num_pages, timeout_s=config.ray.start_timeout_s)
         await self._form_ring()
@@ -255,34 +246,6 @@ class Coordinator:
             ranks_on_host=where.ranks_on_host,
             gpu_memory_utilization=config.gpu_memory_utilization,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        )
-
-    def _size_pool(self, infos: list[WorkerInfo], places: list[Place]) -> ClusterInfo:
-        """Give every rank as many pages as one sequence of max_model_len needs, if they fit."""
-        config, num_ranks = self._config, len(infos)
-        page_bytes = infos[0].kv_bytes_per_token * config.page_tokens
-        pages_that_fit = min(info.kv_memory_bytes for info in infos) // page_bytes
-        wanted_len = config.max_model_len or self._model.max_position_embeddings
-        # A zigzag share is at most two tokens over even, decode at most one block.
-        slack = config.decode_block_tokens + 2
-        wanted_pages = -(-(-(-wanted_len // num_ranks) + slack) // config.page_tokens)
-        fitting_len = (pages_that_fit * config.page_tokens - slack) * num_ranks
-        if fitting_len < (config.max_model_len or 2):
-            raise PlacementError(
-                f"max_model_len {wanted_len} needs {wanted_pages * page_bytes / 2**30:.3g} GiB of"
-                f" KV pages on each of {num_ranks} ranks, but"
-                f" {pages_that_fit * page_bytes / 2**30:.3g} GiB are free: lower max_model_len (at"
-                f" most {max(0, fitting_len)} fit) or use more ranks"
-            )
-        num_pages = min(wanted_pages, pages_that_fit)
-        return ClusterInfo(
-            model=config.model,
-            num_ranks=num_ranks,
-            hosts=tuple(where.host for where in places),
-            workers=tuple(infos),
-            max_model_len=min(wanted_len, fitting_len),
-            kv_capacity_tokens=num_pages * config.page_tokens * num_ranks,
-            has_tokenizer=self._tokenizer is not None,
         )
 
 
