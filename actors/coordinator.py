@@ -6,6 +6,7 @@ An async Ray actor runs this class. Decisions are in `actors.generation` and
 
 import asyncio
 import dataclasses
+import functools
 import os
 import secrets
 import time
@@ -16,10 +17,12 @@ from typing import Any, Literal
 import ray
 import torch.distributed as dist
 
+from actors.answer import Answer
 from actors.cluster_info import ClusterInfo, size_pool
+from actors.detokenizer import AnswerText, Detokenizer
+from actors.draws import BadWords, bad_word_ids, check_params
 from actors.generation import Generation
 from actors.messages import (
-    CompletionOutput,
     Plan,
     PrefillPlan,
     Progress,
@@ -27,6 +30,8 @@ from actors.messages import (
     RequestMetrics,
     RequestOutput,
     StepRecord,
+    StepResult,
+    TokenIds,
     WorkerSpec,
 )
 from actors.placement import Place, place
@@ -34,6 +39,8 @@ from actors.prompt import prompt_ids
 from actors.ranks import Ranks
 from configs import Config
 from models.config import ModelConfig, read_model_config
+from models.draw import answer_seed
+from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 
 
@@ -94,35 +101,41 @@ class Coordinator:
 
         Raises:
             PromptError: The prompt is empty, too long or cannot be read.
+            SamplingError: A sampling parameter is not for this model.
             ClusterError: A rank was lost or a step failed.
         """
         arrival_s = time.perf_counter()
         prompt = prompt_ids(
             request, self._tokenizer, self._model.vocab_size, self._info.max_model_len
         )
+        bad_words = self._read_params(request.params)
+        seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         self._waiting += 1
         async with self._turn:
             self._waiting -= 1
             start_s = time.perf_counter()
             self._running = (request, len(prompt), start_s)
-            generation = self._generation(request, prompt)
             try:
-                records, ttft_s = await self._drive(generation, arrival_s)
+                answers = [
+                    await self._drive(self._answer(request, prompt, bad_words, seed, index))
+                    for index in range(request.params.n)
+                ]
             finally:
                 self._running = None
-                self._release += (generation.sequence_id,)
+        spell = functools.cache(self._spell)
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.text,
             prompt_token_ids=tuple(prompt.tolist()),
-            outputs=(self._completion(generation),),
+            prompt_logprobs=answers[0].prompt_logprobs(len(prompt), spell),
+            outputs=tuple(answer.completion(i, spell) for i, answer in enumerate(answers)),
             num_cached_tokens=0,
             metrics=RequestMetrics(
                 queue_s=start_s - arrival_s,
-                ttft_s=ttft_s,
+                ttft_s=answers[0].first_token_s - arrival_s,
                 total_s=time.perf_counter() - arrival_s,
             ),
-            steps=tuple(records),
+            steps=tuple(record for answer in answers for record in answer.records),
         )
 
     async def progress(self) -> Progress | None:
@@ -154,22 +167,20 @@ class Coordinator:
         if hasattr(self, "_ranks"):
             self._ranks.kill()
 
-    async def _drive(
-        self, generation: Generation, arrival_s: float
-    ) -> tuple[list[StepRecord], float]:
-        """Execute plans until the answer is complete; return their records and the TTFT."""
-        records: list[StepRecord] = []
-        ttft_s = 0.0
-        while plan := generation.next_plan(self._steps, self._release):
-            self._steps += 1
-            self._release = ()
-            record, token_ids = await self._execute(plan, generation.cached_tokens)
-            generation.advance(token_ids)
-            ttft_s = ttft_s or time.perf_counter() - arrival_s
-            records.append(record)
-        return records, ttft_s
+    async def _drive(self, answer: Answer) -> Answer:
+        """Execute plans until the answer is complete."""
+        generation = answer.generation
+        try:
+            while plan := generation.next_plan(self._steps, self._release):
+                self._steps += 1
+                self._release = ()
+                record, results = await self._execute(plan, generation.cached_tokens)
+                answer.take(record, results, plan.sampling_rank)
+        finally:
+            self._release += (generation.sequence_id,)
+        return answer
 
-    async def _execute(self, plan: Plan, cached_tokens: int) -> tuple[StepRecord, tuple[int, ...]]:
+    async def _execute(self, plan: Plan, cached_tokens: int) -> tuple[StepRecord, list[StepResult]]:
         start_s = time.perf_counter()
         # A long prompt is put into the object store once, not once for every rank.
         is_prefill = isinstance(plan, PrefillPlan)
@@ -190,7 +201,7 @@ class Coordinator:
             ranks_wall_s=tuple(result.wall_s for result in results),
             ranks_parts_s=tuple(result.parts_s for result in results),
         )
-        return record, token_ids
+        return record, results
 
     async def _form_ring(self) -> None:
         """Host the rendezvous here: a store in a rank would die with it."""
@@ -207,30 +218,55 @@ class Coordinator:
             timeout_s=self._config.ray.start_timeout_s,
         )
 
-    def _generation(self, request: Request, prompt: Any) -> Generation:
-        seed = request.params.seed
+    def _read_params(self, params: SamplingParams) -> BadWords:
+        check_params(
+            params,
+            vocab_size=self._model.vocab_size,
+            max_logprobs=self._config.max_logprobs,
+            has_tokenizer=self._tokenizer is not None,
+        )
+        if self._tokenizer is None:
+            return ()
+        return bad_word_ids(params, self._tokenizer, self._model.vocab_size)
+
+    def _answer(
+        self, request: Request, prompt: TokenIds, bad_words: BadWords, seed: int, index: int
+    ) -> Answer:
         self._sequences += 1
-        return Generation(
+        text = self._answer_text(request.params, prompt)
+        generation = Generation(
             sequence_id=self._sequences,
             prompt=prompt,
             params=request.params,
-            seed=secrets.randbits(63) if seed is None else seed,
+            seed=answer_seed(seed, index),
             eos_ids=self._model.eos_token_ids,
             num_ranks=self._info.num_ranks,
             max_model_len=self._info.max_model_len,
             decode_block_tokens=self._config.decode_block_tokens,
             burst_steps=self._config.scheduler.decode_burst_steps,
+            bad_words=bad_words,
+            text=text,
+            wants_prompt_logprobs=index == 0,
+        )
+        return Answer(generation, text)
+
+    def _answer_text(self, params: SamplingParams, prompt: TokenIds) -> AnswerText | None:
+        if self._tokenizer is None:
+            return None
+        decode = functools.partial(
+            self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens
+        )
+        return AnswerText(
+            Detokenizer(decode, prompt),
+            stop=tuple(params.stop or ()),
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
         )
 
-    def _completion(self, generation: Generation) -> CompletionOutput:
-        assert generation.finish_reason is not None
-        text = "" if self._tokenizer is None else self._tokenizer.decode(generation.text_ids)
-        return CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=tuple(generation.token_ids),
-            finish_reason=generation.finish_reason,
-        )
+    def _spell(self, token_id: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def _spec(self, where: Place, device: Literal["cpu", "cuda"]) -> WorkerSpec:
         config = self._config
