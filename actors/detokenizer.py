@@ -13,8 +13,9 @@ Decode = Callable[[Sequence[int]], str]
 
 CONTEXT_TOKENS = 5  # of the prompt: what a first token spells depends on them
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character (yet)
-# A character has at most four bytes; more replacements than a few are bytes that never become one.
-HELD_CHARACTERS = 8
+# A character has at most four bytes: what so many tokens do not complete will never be one.
+HELD_TOKENS = 8
+WINDOW_TOKENS = 20  # of bytes that are no text; of text the window is a word or two
 
 
 class Detokenizer:
@@ -26,6 +27,7 @@ class Detokenizer:
         self._window = _context(decode, prompt_ids)  # tokens that are decoded together
         self._text = decode(self._window)  # their text
         self._told = len(self._text)  # how much of it is the prompt's, or was given out
+        self._held = 0  # tokens since something was given out
 
     def push(self, token_id: int) -> str:
         """Return the text that this token adds, or completes."""
@@ -33,15 +35,17 @@ class Detokenizer:
         before, self._text = self._text, self._decode(self._window)
         # A character that began in the prompt is the prompt's, also where it gets shorter now.
         self._told = min(self._told, len(self._text))
-        stable = self._text.rstrip(REPLACEMENT)
-        if len(self._text) - max(len(stable), self._told) > HELD_CHARACTERS:
-            stable = self._text
+        self._held += 1
+        stable = self._text if self._held > HELD_TOKENS else self._text.rstrip(REPLACEMENT)
         new = stable[self._told :]
-        self._told += len(new)
-        if new and self._told == len(self._text):
-            self._begin_window()
-        elif self._text == before and stable == self._text and len(self._window) > CONTEXT_TOKENS:
+        if new:
+            self._told = len(stable)
+            if stable == self._text:
+                self._begin_window()
+        elif self._text == before and len(self._window) > CONTEXT_TOKENS and stable == before:
             self._window.pop()  # a token without text: nothing depends on it
+        if new or self._told == len(self._text):
+            self._held = 0
         return new
 
     def flush(self) -> str:
@@ -51,11 +55,11 @@ class Detokenizer:
         return held
 
     def _begin_window(self) -> None:
-        """Keep the last token as the context of the next: all before it is told."""
-        # Text that one token alone does not spell needs those before it.
+        """Keep the last token as the context of the next: all its text is told."""
         for size in range(1, len(self._window)):
             text = self._decode(self._window[-size:])
-            if text and REPLACEMENT not in text:
+            # Some tokens spell something only with those before them.
+            if (text and REPLACEMENT not in text) or size == WINDOW_TOKENS:
                 self._window, self._text, self._told = self._window[-size:], text, len(text)
                 return
 
@@ -120,7 +124,7 @@ def find_stop(text: str, searched: int, stop: Sequence[str]) -> tuple[int, str] 
 
 def _context(decode: Decode, prompt_ids: Sequence[int] | TokenIds) -> list[int]:
     """Return the prompt's last tokens, from the begin of a character on."""
-    ids = [int(token_id) for token_id in prompt_ids[-4 * CONTEXT_TOKENS :]]
+    ids = [int(token_id) for token_id in prompt_ids[-WINDOW_TOKENS:]]
     for begin in range(len(ids) - CONTEXT_TOKENS, -1, -1):
         if not decode(ids[begin:]).startswith(REPLACEMENT):
             return ids[begin:]
