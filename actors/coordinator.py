@@ -122,21 +122,14 @@ class Coordinator:
                 ]
             finally:
                 self._running = None
-        spell = functools.cache(self._spell)
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.text,
-            prompt_token_ids=tuple(prompt.tolist()),
-            prompt_logprobs=answers[0].prompt_logprobs(len(prompt), spell),
-            outputs=tuple(answer.completion(i, spell) for i, answer in enumerate(answers)),
-            num_cached_tokens=0,
-            metrics=RequestMetrics(
-                queue_s=start_s - arrival_s,
-                ttft_s=answers[0].first_token_s - arrival_s,
-                total_s=time.perf_counter() - arrival_s,
-            ),
-            steps=tuple(record for answer in answers for record in answer.records),
+        metrics = RequestMetrics(
+            queue_s=start_s - arrival_s,
+            ttft_s=answers[0].first_token_s - arrival_s,
+            total_s=time.perf_counter() - arrival_s,
         )
+        # In a thread: a long prompt's log-probabilities are millions of objects, and heartbeats
+        # must not wait for them.
+        return await asyncio.to_thread(self._output, request, prompt, answers, metrics)
 
     async def progress(self) -> Progress | None:
         """Return how far the prefill under way has come, or None where none is."""
@@ -261,6 +254,21 @@ class Coordinator:
             stop=tuple(params.stop or ()),
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
+        )
+
+    def _output(
+        self, request: Request, prompt: TokenIds, answers: list[Answer], metrics: RequestMetrics
+    ) -> RequestOutput:
+        spell = functools.cache(self._spell)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.text,
+            prompt_token_ids=tuple(prompt.tolist()),
+            outputs=tuple(answer.completion(i, spell) for i, answer in enumerate(answers)),
+            num_cached_tokens=0,
+            metrics=metrics,
+            steps=tuple(record for answer in answers for record in answer.records),
+            prompt_logprobs=answers[0].prompt_logprobs(len(prompt), spell),
         )
 
     def _spell(self, token_id: int) -> str | None:

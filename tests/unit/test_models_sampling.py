@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.draw import sample
+from models.draw import Filters, apply_filters, sample
 from models.errors import RingspanError, SamplingError
 from models.sampling import SamplingParams
 
@@ -148,6 +148,37 @@ def test_high_temperature_tends_to_uniform(temperature: float) -> None:
     uniform_V = torch.full((8,), 1 / 8, dtype=torch.float64)
 
     assert chi_square(draws(temperature, range(1), range(800)), uniform_V) < 30
+
+
+def kept(logits_V: Tensor, **filters: Any) -> list[int]:
+    """Return the tokens that a filter leaves in."""
+    filtered_V = apply_filters(logits_V.double() - logits_V.max(), Filters(**filters))
+    return (~filtered_V.isneginf()).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 1}, [0]),
+        ({"top_k": 2}, [0, 1, 2]),  # as likely as the second: kept, as in vLLM
+        ({"top_k": 4}, [0, 1, 2, 3]),
+        ({"top_p": 0.3}, [0]),
+        ({"top_p": 1e-300}, [0]),
+        ({"top_p": 0.6}, [0, 2]),  # of equals the last ids are taken first
+        ({"min_p": 0.49}, [0, 1, 2]),
+        ({"min_p": 0.51}, [0]),
+        ({"min_p": 1.0}, [0]),
+        ({"top_k": 1, "top_p": 0.99}, [0]),
+        ({"min_p": 0.4, "top_p": 0.8}, [0, 1, 2]),  # of what min_p left in
+    ],
+    ids=str,
+)
+def test_filters_at_their_edges(filters: dict[str, Any], expected: list[int]) -> None:
+    """Equals, filters that leave in one token or all, and one filter after another."""
+    probabilities_V = torch.tensor([0.4, 0.2, 0.2, 0.1], dtype=torch.float64)
+
+    assert kept(probabilities_V.log(), **filters) == expected
 
 
 def test_defaults_are_those_of_vllm() -> None:
