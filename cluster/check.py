@@ -1,4 +1,4 @@
-"""``ringspan check``: does the ring give this model's own answers, on this machine?
+"""``ringspan check``: whether the ring gives a model's own answers on this machine.
 
 The model runs on one rank, then on the ring, over the same prompts: random
 tokens of several lengths, in which passages come back far from where they first

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.coordinator import ClusterInfo
+from actors.cluster_info import ClusterInfo
 from actors.errors import ClusterError, RayUnreachable
 from actors.remote import create_coordinator
 from configs import Config
