@@ -17,10 +17,11 @@ from torch.nn import functional
 
 from attention.timing import PartTimer
 from models.config import ModelConfig
+from models.families import ACTIVATIONS
 from models.rope import apply_rope_, rope_cos_sin, rope_inv_freq
 from models.weights import DecoderWeights, LayerWeights
 
-# The widest activations (T x 2F) exist for so many tokens at a time.
+# The widest activations (T x 2F), and those of norms of heads, exist for so many tokens at a time.
 MLP_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -40,6 +41,7 @@ class Decoder:
         self._weights = weights
         self.device = weights.embed_VE.device
         self.dtype = weights.embed_VE.dtype
+        self._activate = ACTIVATIONS[config.activation]
         inv_freq, self._rope_factor = rope_inv_freq(config.rope, config.head_dim)
         self._inv_freq = inv_freq.to(self.device)
 
@@ -86,6 +88,9 @@ class Decoder:
         H, K, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         normed_TE = self._norm(x_TE, layer.input_norm_E)
         qkv_TPD = functional.linear(normed_TE, layer.qkv_PE, layer.qkv_bias_P).unflatten(1, (-1, D))
+        if layer.query_norm_D is not None and layer.key_norm_D is not None:
+            self._norm_heads_(qkv_TPD[:, :H], layer.query_norm_D)
+            self._norm_heads_(qkv_TPD[:, H : H + K], layer.key_norm_D)
         apply_rope_(qkv_TPD[:, : H + K], *cos_sin)
         return qkv_TPD[:, :H], qkv_TPD[:, H:].contiguous()
 
@@ -94,8 +99,12 @@ class Decoder:
             normed_TE = self._norm(rows_TE, layer.post_norm_E)
             gate_up_TF = functional.linear(normed_TE, layer.gate_up_FE, layer.gate_up_bias_F)
             gate_TF, up_TF = gate_up_TF.chunk(2, dim=1)
-            product_TF = functional.silu(gate_TF).mul_(up_TF)
+            product_TF = self._activate(gate_TF).mul_(up_TF)
             rows_TE += functional.linear(product_TF, layer.down_EF, layer.down_bias_E)
 
-    def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
-        return functional.rms_norm(x_TE, weight_E.shape, weight_E, self.config.norm_eps)
+    def _norm_heads_(self, x_THD: Tensor, weight_D: Tensor) -> None:
+        for rows_tHD in x_THD.split(MLP_TOKENS[self.device.type]):
+            rows_tHD.copy_(self._norm(rows_tHD, weight_D))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, weight.shape, weight, self.config.norm_eps)

@@ -8,9 +8,9 @@ Shapes: E = hidden size, V = vocabulary, X = H * D (H query heads of dim D),
 P = (H + 2K) * D (K kv heads), F = intermediate size; gate and up together are 2F.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.config import ModelConfig, no_checkpoint, read_json
+from models.config import ModelConfig, no_checkpoint
 from models.errors import CheckpointError
+from models.families import FAMILIES, TensorNames
+from models.json_fields import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class LayerWeights:
     input_norm_E: Tensor
     qkv_PE: Tensor  # rows of q, then k, then v
     qkv_bias_P: Tensor | None
+    query_norm_D: Tensor | None  # of every query head, as the next one of every key head
+    key_norm_D: Tensor | None
     out_EX: Tensor
     out_bias_E: Tensor | None
     post_norm_E: Tensor  # before the MLP
@@ -48,28 +52,6 @@ class DecoderWeights:
     lm_head_VE: Tensor  # the same tensor object as embed_VE where they are tied
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorNames:
-    """What a family calls its modules in the file, without ``.weight`` and ``.bias``."""
-
-    embed: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    lm_head: str = "lm_head"
-    layer: str = "model.layers.{}."  # the prefix of all that follow
-    input_norm: str = "input_layernorm"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    out: str = "self_attn.o_proj"
-    post_norm: str = "post_attention_layernorm"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-
-
-TENSOR_NAMES = {"llama": TensorNames()}
-
-_HARMLESS_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old checkpoints saved; see models.rope
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as the header calls them; no others hold plain weights
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "consolidated.*.pth")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -85,14 +67,17 @@ def load_weights(
     """
     files = _weight_files(directory)
     headers = _read_headers(files)
-    names = _tied_names(TENSOR_NAMES[config.family], config, headers)
+    family = FAMILIES[config.architecture]
+    names = family.tensors
+    embed = _embed_name(names, config, headers)
     lm_head = f"{names.lm_head}.weight" if config.tie_word_embeddings else None
-    wanted = _slices(_empty(config, torch.device("meta"), dtype), config, names)
+    wanted = _slices(_empty(config, torch.device("meta"), dtype), config, names, embed)
     single = files == [directory / _SINGLE]
-    _check_names(wanted, headers, lm_head, directory / (_SINGLE if single else _INDEX))
+    ignored = {name for name in headers if name == lm_head or name.endswith(family.harmless)}
+    _check_names(wanted, headers, ignored, directory / (_SINGLE if single else _INDEX))
     _check_tensors(wanted, headers)
     weights = _empty(config, device, dtype)
-    slices = _slices(weights, config, names)
+    slices = _slices(weights, config, names, embed)
     for path in files:
         with _open(path, device) as file:
             for name in (name for name in slices if headers[name].path == path):
@@ -111,8 +96,9 @@ def random_weights(
     for tensor in _tensors(weights):
         tensor.normal_(0.0, 0.02, generator=rng)
     for layer in weights.layers:
-        layer.input_norm_E.fill_(1.0)
-        layer.post_norm_E.fill_(1.0)
+        for norm in (layer.input_norm_E, layer.query_norm_D, layer.key_norm_D, layer.post_norm_E):
+            if norm is not None:
+                norm.fill_(1.0)
     weights.final_norm_E.fill_(1.0)
     return weights
 
@@ -138,6 +124,8 @@ def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Dec
             input_norm_E=empty(hidden),
             qkv_PE=empty(qkv, hidden),
             qkv_bias_P=empty(qkv) if config.attention_bias else None,
+            query_norm_D=empty(config.head_dim) if config.qk_norm else None,
+            key_norm_D=empty(config.head_dim) if config.qk_norm else None,
             out_EX=empty(hidden, attention),
             out_bias_E=empty(hidden) if config.attention_out_bias else None,
             post_norm_E=empty(hidden),
@@ -166,26 +154,30 @@ def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
         yield weights.lm_head_VE
 
 
-def _slices(weights: DecoderWeights, config: ModelConfig, names: TensorNames) -> dict[str, Tensor]:
+def _slices(
+    weights: DecoderWeights, config: ModelConfig, names: TensorNames, embed: str
+) -> dict[str, Tensor]:
     """Map each tensor name of the checkpoint to the view that it fills."""
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    qkv, gate_up = (names.query, names.key, names.value), (names.gate, names.up)
+    hidden, inner = [config.hidden_size], [config.intermediate_size]
     slices = {
-        f"{names.embed}.weight": weights.embed_VE,
-        f"{names.final_norm}.weight": weights.final_norm_E,
+        embed: weights.embed_VE,
+        f"{names.prefix}{names.final_norm}.weight": weights.final_norm_E,
     }
     if not config.tie_word_embeddings:
         slices[f"{names.lm_head}.weight"] = weights.lm_head_VE
     for index, layer in enumerate(weights.layers):
-        fused: list[tuple[tuple[str, ...], list[int], Tensor, Tensor | None]] = [
-            ((names.input_norm,), [config.hidden_size], layer.input_norm_E, None),
-            (qkv, [query, key, key], layer.qkv_PE, layer.qkv_bias_P),
-            ((names.out,), [config.hidden_size], layer.out_EX, layer.out_bias_E),
-            ((names.post_norm,), [config.hidden_size], layer.post_norm_E, None),
-            (gate_up, [config.intermediate_size] * 2, layer.gate_up_FE, layer.gate_up_bias_F),
-            ((names.down,), [config.hidden_size], layer.down_EF, layer.down_bias_E),
+        fused: list[tuple[tuple[str, ...], list[int], Tensor | None, Tensor | None]] = [
+            ((names.input_norm,), hidden, layer.input_norm_E, None),
+            (names.qkv, [query, key, key], layer.qkv_PE, layer.qkv_bias_P),
+            ((names.query_norm,), [config.head_dim], layer.query_norm_D, None),
+            ((names.key_norm,), [config.head_dim], layer.key_norm_D, None),
+            ((names.out,), hidden, layer.out_EX, layer.out_bias_E),
+            ((names.post_norm,), hidden, layer.post_norm_E, None),
+            (names.gate_up, inner * 2, layer.gate_up_FE, layer.gate_up_bias_F),
+            ((names.down,), hidden, layer.down_EF, layer.down_bias_E),
         ]
-        prefix = names.layer.format(index)
+        prefix = names.prefix + names.layer.format(index)
         for modules, rows, weight, bias in fused:
             for suffix, tensor in (("weight", weight), ("bias", bias)):
                 if tensor is not None:
@@ -258,28 +250,24 @@ def _read_headers(files: list[Path]) -> dict[str, _Header]:
     return headers
 
 
-def _tied_names(
-    names: TensorNames, config: ModelConfig, headers: Mapping[str, _Header]
-) -> TensorNames:
-    """Return the names to read; safetensors keeps one of two tied tensors, maybe the other one."""
-    embed, lm_head = f"{names.embed}.weight", f"{names.lm_head}.weight"
-    if config.tie_word_embeddings and lm_head in headers and embed not in headers:
-        return replace(names, embed=names.lm_head)
-    return names
+def _embed_name(names: TensorNames, config: ModelConfig, headers: Mapping[str, _Header]) -> str:
+    """Return the name to read; safetensors keeps one of two tied tensors, maybe the other one."""
+    embed, lm_head = f"{names.prefix}{names.embed}.weight", f"{names.lm_head}.weight"
+    only_head = config.tie_word_embeddings and lm_head in headers and embed not in headers
+    return lm_head if only_head else embed
 
 
 def _check_names(
-    slices: Mapping[str, Tensor], headers: Mapping[str, _Header], ignored: str | None, source: Path
+    slices: Mapping[str, Tensor],
+    headers: Mapping[str, _Header],
+    ignored: Set[str],
+    source: Path,
 ) -> None:
     """Refuse tensors that are missing, and tensors that the model would leave unused."""
     missing = sorted(slices.keys() - headers.keys())
     if missing:
         raise CheckpointError(f"{source} lacks {_some(missing)}")
-    extra = sorted(
-        name
-        for name in headers.keys() - slices.keys()
-        if name != ignored and not name.endswith(_HARMLESS_SUFFIX)
-    )
+    extra = sorted(headers.keys() - slices.keys() - ignored)
     if extra:
         raise CheckpointError(
             f"{source} holds {_some(extra)}, which config.json does not account for:"

@@ -43,7 +43,7 @@ def test_reads_what_transformers_writes(tmp_path: Path) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
     assert read_model_config(directory) == ModelConfig(
-        family="llama",
+        architecture="LlamaForCausalLM",
         num_layers=2,
         hidden_size=64,
         intermediate_size=128,
@@ -52,7 +52,10 @@ def test_reads_what_transformers_writes(tmp_path: Path) -> None:
         head_dim=32,
         vocab_size=500,
         max_position_embeddings=8192,
+        position_limit=None,
         norm_eps=1e-6,
+        qk_norm=False,
+        activation="silu",
         rope=RopeConfig(theta=500000.0),
         tie_word_embeddings=True,
         attention_bias=True,
@@ -130,10 +133,13 @@ def test_generation_config_names_the_tokens_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2.*supported: LlamaForCausalLM"),
+        (
+            {"architectures": ["BloomForCausalLM"]},
+            "architecture Bloom.*supported: LlamaForCausalLM",
+        ),
         ({"architectures": ...}, "architectures = None, supported: LlamaForCausalLM"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\), supp"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu', supported: 'silu'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu', supported: silu, relu, gelu"),
         ({"num_key_value_heads": 3}, "_heads = 4 and num_key_value_heads = 3, supported: a number"),
         ({"num_attention_heads": 6}, "hidden_size = 64, .* = 6 and no head_dim, supported:"),
         ({"head_dim": 15}, "head_dim = 15, supported: an even one"),

@@ -1,0 +1,176 @@
+"""Every family answers as transformers does on the same weights; what is near but other is refused.
+
+What families share is tested on Llama alone: `test_ring_exactness`, `test_models_config` and
+`test_models_weights`.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.config import check_max_model_len, read_model_config
+from models.errors import CheckpointError
+from models.sampling import SamplingParams
+from tests.checkpoints import as_transformers_4_wrote_it, edit_json, write_checkpoint
+from tests.oracle import assert_greedy, oracle_logits
+from tests.thread_cluster import ThreadCluster
+
+CAMPAIGN = pytest.mark.campaign
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+# Each family, and each of its forms that another fact decides about: (family, config fields).
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+}
+RANKS = [1, pytest.param(2, marks=CAMPAIGN), 3, pytest.param(4, marks=CAMPAIGN)]
+LENGTHS = (1, 7, 130, 1001)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, fields = FORMS[request.param]
+    return write_checkpoint(tmp_path_factory.mktemp(request.param), family, **fields)
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[ThreadCluster]:
+    with ThreadCluster(checkpoint, request.param) as cluster:
+        yield cluster
+
+
+def random_ids(length: int) -> list[int]:
+    rng = torch.Generator().manual_seed(length)
+    return torch.randint(0, 500, (length,), generator=rng).tolist()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_answer_equals_transformers(cluster: ThreadCluster, checkpoint: Path, length: int) -> None:
+    """The distribution after every token of the prompt, then 64 greedy tokens."""
+    prompt = random_ids(length)
+
+    ours = cluster.logits(prompt).log_softmax(-1)
+    answer = cluster.generate(
+        prompt, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    )
+
+    theirs = oracle_logits(checkpoint, prompt, length).log_softmax(-1)
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-4)
+    assert len(answer) == 64
+    assert_greedy(checkpoint, prompt, answer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_16_bit_logits_are_no_further_from_float32_than_transformers(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    """Norms, activations and RoPE round to 16 bit as often as in transformers, or less."""
+    checkpoint = write_checkpoint(tmp_path, family, dtype=dtype)
+    ids = random_ids(600)
+    exact = oracle_logits(checkpoint, ids, len(ids))
+    theirs = oracle_logits(checkpoint, ids, len(ids), dtype).float()
+
+    with ThreadCluster(checkpoint, 3) as cluster:
+        ours = cluster.logits(ids)
+
+    assert (ours - exact).square().mean() <= 1.05 * (theirs - exact).square().mean()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_config_of_transformers_4_reads_the_same(tmp_path: Path, form: str) -> None:
+    family, fields = FORMS[form]
+    write_checkpoint(tmp_path, family, **fields)
+    config = read_model_config(tmp_path)
+
+    as_transformers_4_wrote_it(tmp_path)
+
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert not values.keys() & {"rope_parameters", "dtype", "layer_types"}
+    assert read_model_config(tmp_path) == config
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "limit"),
+    [
+        ("llama", {"sliding_window": 64}, None),
+        ("mistral", {"sliding_window": None}, None),
+        ("mistral", {"sliding_window": 8192}, 8192),
+        ("qwen2", {"sliding_window": 64}, None),
+        ("qwen2", WINDOW | {"max_window_layers": 2, "layer_types": ...}, None),
+        (
+            "qwen3",
+            WINDOW | {"sliding_window": 9000, "max_window_layers": 1, "layer_types": ...},
+            9000,
+        ),
+        ("qwen3", WINDOW | {"max_window_layers": 0}, None),
+    ],
+)
+def test_windows_that_no_context_outgrows_are_served_within(
+    tmp_path: Path, family: str, changes: dict[str, Any], limit: int | None
+) -> None:
+    """A window counts where transformers lets it: Llama ignores it, Qwen has a flag and a layer."""
+    write_checkpoint(tmp_path, family)
+    edit_json(tmp_path / "config.json", **changes)
+    config = read_model_config(tmp_path)
+    assert config.position_limit == limit
+    check_max_model_len(config, None)
+    check_max_model_len(config, limit)
+    if limit is None:
+        check_max_model_len(config, 10**6)
+    else:
+        with pytest.raises(CheckpointError, match=rf"max_model_len is {limit + 1}, but .* {limit}"):
+            check_max_model_len(config, limit + 1)
+
+
+SLIDING = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mistral", {"sliding_window": 4096}, "sliding_window = 4096, which .* = 8192 outgrows, s"),
+        ("mistral", {"sliding_window": ...}, "sliding_window = 4096, which .* = 8192 outgrows, s"),
+        ("mistral", {"layer_types": SLIDING}, "layer_types = .*sliding.*, supported: 'full_atten"),
+        ("qwen2", WINDOW | {"layer_types": SLIDING}, "layer_types = .*sliding.*, supported: 'full"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = .*, supported: 'full_atten"),
+        (
+            "qwen3",
+            WINDOW | {"max_window_layers": 1, "layer_types": ...},
+            "sliding_window = 4096, which .* outgrows, supported: attention to all tokens",
+        ),
+        ("qwen3", {"head_dim": 25}, "head_dim = 25, supported: an even one"),
+        ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic', supp"),
+        ("mistral", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope', supp"),
+        ("qwen2", {"quantization_config": {"quant_method": "gptq"}}, r"_config \(gptq\), supp"),
+        ("mistral", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu', supported: silu, "),
+        (
+            "mistral",
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+            r"MixtralForCausalLM, a mixture of experts \(num_local_experts = 8\), supported: dense",
+        ),
+        (
+            "qwen3",
+            {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128},
+            r"Qwen3MoeForCausalLM, a mixture of experts \(num_experts = 128\), supported: dense",
+        ),
+    ],
+)
+def test_what_is_near_a_family_but_other_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
+    write_checkpoint(tmp_path, family)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_model_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
