@@ -13,7 +13,7 @@ import torch
 
 from models.config_rope import read_rope
 from models.errors import CheckpointError
-from models.families import ACTIVATIONS, FAMILIES, Family
+from models.families import ACTIVATIONS, FAMILIES, Family, NormKind
 from models.json_fields import JsonFields, read_json
 from models.rope import RopeConfig
 
@@ -31,14 +31,17 @@ class ModelConfig:
     intermediate_size: int
     num_heads: int  # of queries
     num_kv_heads: int  # divides num_heads
-    head_dim: int  # even; num_heads * head_dim need not be hidden_size
+    head_dim: int  # even with RoPE; num_heads * head_dim need not be hidden_size
     vocab_size: int
     max_position_embeddings: int  # tokens
     position_limit: int | None  # tokens beyond which there is no right answer; None: there are all
+    position_offset: int  # row of position 0 in the table of learned positions
+    norm: NormKind
     norm_eps: float
     qk_norm: bool  # query and key heads are normed before RoPE
     activation: str  # of the MLP, a key of `ACTIVATIONS`
-    rope: RopeConfig
+    gated_mlp: bool  # the activation of a gate projection multiplies the up projection
+    rope: RopeConfig | None  # None: positions are learned
     tie_word_embeddings: bool  # the output projection is the embedding
     attention_bias: bool  # of the q, k and v projections
     attention_out_bias: bool
@@ -61,31 +64,32 @@ def read_model_config(directory: Path) -> ModelConfig:
     architecture = _architecture(JsonFields(path, values))
     family = FAMILIES[architecture]
     fields = JsonFields(path, {**family.defaults, **values})
-    _refuse_quantized(fields)
-    num_layers = fields.integer("num_hidden_layers")
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
-    max_position_embeddings = fields.integer("max_position_embeddings")
+    _refuse_unsupported(fields, family)
+    keys, heads = family.keys, _heads(fields, family)
+    num_layers, max_positions = fields.integer(keys.num_layers), fields.integer(keys.max_positions)
     bos_token_id, eos_token_ids = _special_tokens(directory, fields)
     return ModelConfig(
         architecture=architecture,
         num_layers=num_layers,
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(fields, hidden_size, num_heads, num_kv_heads),
+        hidden_size=fields.integer(keys.hidden_size),
+        intermediate_size=fields.integer(keys.intermediate_size),
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=heads[2],
         vocab_size=fields.integer("vocab_size"),
-        max_position_embeddings=max_position_embeddings,
-        position_limit=_window(fields, family, num_layers, max_position_embeddings),
-        norm_eps=fields.number("rms_norm_eps"),
+        max_position_embeddings=max_positions,
+        position_limit=_position_limit(fields, family, num_layers, max_positions),
+        position_offset=family.position_offset,
+        norm=family.norm,
+        norm_eps=_number(fields, family.norm_eps),
         qk_norm=family.qk_norm,
-        activation=_activation(fields),
-        rope=read_rope(fields, max_position_embeddings),
+        activation=_activation(fields, keys.activation),
+        gated_mlp=family.gated_mlp,
+        rope=None if family.learned_positions else read_rope(fields, max_positions),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        attention_bias=_bias(fields, family.qkv_bias),
-        attention_out_bias=_bias(fields, family.out_bias),
-        mlp_bias=_bias(fields, family.mlp_bias),
+        attention_bias=_flag(fields, family.qkv_bias),
+        attention_out_bias=_flag(fields, family.out_bias),
+        mlp_bias=_flag(fields, family.mlp_bias),
         dtype=_dtype(fields),
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
@@ -127,7 +131,7 @@ def _architecture(fields: JsonFields) -> str:
     return architecture
 
 
-def _refuse_quantized(fields: JsonFields) -> None:
+def _refuse_unsupported(fields: JsonFields, family: Family) -> None:
     quantization = fields.values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -135,19 +139,35 @@ def _refuse_quantized(fields: JsonFields) -> None:
             f"a quantization_config ({method or 'of no named method'})",
             "unquantized weights in " + ", ".join(_DTYPES),
         )
+    for key, (supported, meaning) in family.fixed.items():
+        if fields.flag(key, default=supported) != supported:
+            fields.refuse(f"{key} = {not supported}", f"{supported} ({meaning})")
+    hidden_size = fields.integer(family.keys.hidden_size)
+    embedding_size = fields.integer("word_embed_proj_dim", default=hidden_size)
+    if embedding_size != hidden_size:
+        fields.refuse(
+            f"word_embed_proj_dim = {embedding_size}, a projection of embeddings to hidden_size ="
+            f" {hidden_size}",
+            "embeddings of the hidden size",
+        )
 
 
-def _activation(fields: JsonFields) -> str:
-    name = fields.values.get("hidden_act")
+def _activation(fields: JsonFields, key: str) -> str:
+    name = fields.values.get(key)
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        fields.refuse(f"hidden_act = {name!r}", ", ".join(ACTIVATIONS))
+        fields.refuse(f"{key} = {name!r}", ", ".join(ACTIVATIONS))
     return name
 
 
-def _window(
-    fields: JsonFields, family: Family, num_layers: int, max_position_embeddings: int
+def _position_limit(
+    fields: JsonFields, family: Family, num_layers: int, max_positions: int
 ) -> int | None:
-    """Return the sliding window that counts, if it is one that no context outgrows."""
+    """Return where a table of positions ends, or a sliding window begins to hide tokens.
+
+    A window that hides tokens from a context of ``max_positions`` is refused.
+    """
+    if family.learned_positions:
+        return max_positions
     layer_types = fields.values.get("layer_types")
     every = "full_attention"
     if layer_types is not None and layer_types != [every] * num_layers:
@@ -160,34 +180,45 @@ def _window(
     if not counts or "sliding_window" not in fields.values:
         return None
     window = fields.integer("sliding_window")
-    if window < max_position_embeddings:
+    if window < max_positions:
         fields.refuse(
-            f"sliding_window = {window}, which max_position_embeddings ="
-            f" {max_position_embeddings} outgrows",
+            f"sliding_window = {window}, which max_position_embeddings = {max_positions} outgrows",
             "attention to all tokens before (sliding_window = null)",
         )
     return window
 
 
-def _head_dim(fields: JsonFields, hidden_size: int, num_heads: int, num_kv_heads: int) -> int:
+def _heads(fields: JsonFields, family: Family) -> tuple[int, int, int]:
+    """Return ``(num_heads, num_kv_heads, head_dim)``."""
+    hidden_size, num_heads = (
+        fields.integer(key) for key in (family.keys.hidden_size, family.keys.num_heads)
+    )
+    num_kv_heads = num_heads
+    if family.grouped_heads:
+        num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         fields.refuse(
             f"num_attention_heads = {num_heads} and num_key_value_heads = {num_kv_heads}",
             "a number of query heads that the number of kv heads divides",
         )
-    if "head_dim" not in fields.values and hidden_size % num_heads:
+    own_dim = family.grouped_heads and "head_dim" in fields.values
+    if not own_dim and hidden_size % num_heads:
         fields.refuse(
             f"hidden_size = {hidden_size}, num_attention_heads = {num_heads} and no head_dim",
             "a hidden size that the number of heads divides, or an explicit head_dim",
         )
-    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
-    if head_dim % 2:
+    head_dim = fields.integer("head_dim") if own_dim else hidden_size // num_heads
+    if head_dim % 2 and not family.learned_positions:
         fields.refuse(f"head_dim = {head_dim}", "an even one, since RoPE rotates pairs of dims")
-    return head_dim
+    return num_heads, num_kv_heads, head_dim
 
 
-def _bias(fields: JsonFields, fact: bool | str) -> bool:
-    return fact if isinstance(fact, bool) else fields.flag(fact)
+def _flag(fields: JsonFields, fact: bool | str) -> bool:
+    return fields.flag(fact) if isinstance(fact, str) else fact
+
+
+def _number(fields: JsonFields, fact: float | str) -> float:
+    return fields.number(fact) if isinstance(fact, str) else fact
 
 
 def _dtype(fields: JsonFields) -> torch.dtype:

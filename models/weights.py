@@ -29,6 +29,7 @@ class LayerWeights:
     """One decoder layer; every projection is [rows out, columns in], as in `torch.nn.Linear`."""
 
     input_norm_E: Tensor
+    input_norm_bias_E: Tensor | None
     qkv_PE: Tensor  # rows of q, then k, then v
     qkv_bias_P: Tensor | None
     query_norm_D: Tensor | None  # of every query head, as the next one of every key head
@@ -36,8 +37,9 @@ class LayerWeights:
     out_EX: Tensor
     out_bias_E: Tensor | None
     post_norm_E: Tensor  # before the MLP
-    gate_up_FE: Tensor  # 2F rows: gate, then up
-    gate_up_bias_F: Tensor | None  # 2F values: gate, then up
+    post_norm_bias_E: Tensor | None
+    gate_up_FE: Tensor  # 2F rows: gate, then up; or F rows: up alone
+    gate_up_bias_F: Tensor | None  # as many values
     down_EF: Tensor
     down_bias_E: Tensor | None
 
@@ -47,8 +49,10 @@ class DecoderWeights:
     """All weights of a decoder, of one dtype, on one device."""
 
     embed_VE: Tensor
+    positions_LE: Tensor | None  # L = rows of learned positions, those before position 0 too
     layers: tuple[LayerWeights, ...]
     final_norm_E: Tensor
+    final_norm_bias_E: Tensor | None
     lm_head_VE: Tensor  # the same tensor object as embed_VE where they are tied
 
 
@@ -68,7 +72,7 @@ def load_weights(
     files = _weight_files(directory)
     headers = _read_headers(files)
     family = FAMILIES[config.architecture]
-    names = family.tensors
+    names = _names(family.tensors, headers)
     embed = _embed_name(names, config, headers)
     lm_head = f"{names.lm_head}.weight" if config.tie_word_embeddings else None
     wanted = _slices(_empty(config, torch.device("meta"), dtype), config, names, embed)
@@ -115,13 +119,19 @@ def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Dec
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def norm_bias() -> Tensor | None:
+        return empty(hidden) if config.norm == "layer" else None
+
     hidden, inner = config.hidden_size, config.intermediate_size
+    gate_up = 2 * inner if config.gated_mlp else inner
+    positions = config.max_position_embeddings + config.position_offset
     attention = config.num_heads * config.head_dim
     qkv = attention + 2 * config.num_kv_heads * config.head_dim
     embed_VE = empty(config.vocab_size, hidden)
     layers = tuple(
         LayerWeights(
             input_norm_E=empty(hidden),
+            input_norm_bias_E=norm_bias(),
             qkv_PE=empty(qkv, hidden),
             qkv_bias_P=empty(qkv) if config.attention_bias else None,
             query_norm_D=empty(config.head_dim) if config.qk_norm else None,
@@ -129,8 +139,9 @@ def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Dec
             out_EX=empty(hidden, attention),
             out_bias_E=empty(hidden) if config.attention_out_bias else None,
             post_norm_E=empty(hidden),
-            gate_up_FE=empty(2 * inner, hidden),
-            gate_up_bias_F=empty(2 * inner) if config.mlp_bias else None,
+            post_norm_bias_E=norm_bias(),
+            gate_up_FE=empty(gate_up, hidden),
+            gate_up_bias_F=empty(gate_up) if config.mlp_bias else None,
             down_EF=empty(hidden, inner),
             down_bias_E=empty(hidden) if config.mlp_bias else None,
         )
@@ -138,52 +149,63 @@ def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Dec
     )
     return DecoderWeights(
         embed_VE=embed_VE,
+        positions_LE=empty(positions, hidden) if config.rope is None else None,
         layers=layers,
         final_norm_E=empty(hidden),
+        final_norm_bias_E=norm_bias(),
         lm_head_VE=embed_VE if config.tie_word_embeddings else empty(config.vocab_size, hidden),
     )
 
 
-def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
-    """Yield every tensor once, also where two fields share one."""
-    yield weights.embed_VE
-    for layer in weights.layers:
-        yield from (tensor for tensor in vars(layer).values() if tensor is not None)
-    yield weights.final_norm_E
-    if weights.lm_head_VE is not weights.embed_VE:
-        yield weights.lm_head_VE
+def _tensors(weights: DecoderWeights) -> list[Tensor]:
+    """Return every tensor once, also where two fields share one."""
+    values = [value for part in (weights, *weights.layers) for value in vars(part).values()]
+    return list({id(value): value for value in values if isinstance(value, Tensor)}.values())
+
+
+_Fused = tuple[tuple[str, ...], int | list[int], Tensor | None, Tensor | None]
 
 
 def _slices(
     weights: DecoderWeights, config: ModelConfig, names: TensorNames, embed: str
 ) -> dict[str, Tensor]:
     """Map each tensor name of the checkpoint to the view that it fills."""
+    slices: dict[str, Tensor] = {}
+    for modules, rows, weight, bias in _fused(weights, config, names, embed):
+        for suffix, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                parts = zip(modules, tensor.split(rows), strict=True)
+                slices |= {f"{module}.{suffix}": part for module, part in parts}
+    return slices
+
+
+def _fused(
+    weights: DecoderWeights, config: ModelConfig, names: TensorNames, embed: str
+) -> Iterator[_Fused]:
+    """Yield modules of the checkpoint, the rows of each, and the weight and bias they make up."""
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = [config.hidden_size], [config.intermediate_size]
-    slices = {
-        embed: weights.embed_VE,
-        f"{names.prefix}{names.final_norm}.weight": weights.final_norm_E,
-    }
+    hidden, inner = config.hidden_size, config.intermediate_size
+    top = names.prefix
+    yield (embed,), config.vocab_size, weights.embed_VE, None
+    if weights.positions_LE is not None:
+        yield (top + names.positions,), len(weights.positions_LE), weights.positions_LE, None
+    yield (top + names.final_norm,), hidden, weights.final_norm_E, weights.final_norm_bias_E
     if not config.tie_word_embeddings:
-        slices[f"{names.lm_head}.weight"] = weights.lm_head_VE
+        yield (names.lm_head,), config.vocab_size, weights.lm_head_VE, None
     for index, layer in enumerate(weights.layers):
-        fused: list[tuple[tuple[str, ...], list[int], Tensor | None, Tensor | None]] = [
-            ((names.input_norm,), hidden, layer.input_norm_E, None),
+        of_layer: list[_Fused] = [
+            ((names.input_norm,), hidden, layer.input_norm_E, layer.input_norm_bias_E),
             (names.qkv, [query, key, key], layer.qkv_PE, layer.qkv_bias_P),
-            ((names.query_norm,), [config.head_dim], layer.query_norm_D, None),
-            ((names.key_norm,), [config.head_dim], layer.key_norm_D, None),
+            ((names.query_norm,), config.head_dim, layer.query_norm_D, None),
+            ((names.key_norm,), config.head_dim, layer.key_norm_D, None),
             ((names.out,), hidden, layer.out_EX, layer.out_bias_E),
-            ((names.post_norm,), hidden, layer.post_norm_E, None),
-            (names.gate_up, inner * 2, layer.gate_up_FE, layer.gate_up_bias_F),
+            ((names.post_norm,), hidden, layer.post_norm_E, layer.post_norm_bias_E),
+            (names.gate_up, inner, layer.gate_up_FE, layer.gate_up_bias_F),
             ((names.down,), hidden, layer.down_EF, layer.down_bias_E),
         ]
-        prefix = names.prefix + names.layer.format(index)
-        for modules, rows, weight, bias in fused:
-            for suffix, tensor in (("weight", weight), ("bias", bias)):
-                if tensor is not None:
-                    parts = zip(modules, tensor.split(rows), strict=True)
-                    slices |= {f"{prefix}{module}.{suffix}": part for module, part in parts}
-    return slices
+        prefix = top + names.layer.format(index)
+        for modules, rows, weight, bias in of_layer:
+            yield tuple(prefix + module for module in modules), rows, weight, bias
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -250,11 +272,18 @@ def _read_headers(files: list[Path]) -> dict[str, _Header]:
     return headers
 
 
+def _names(known: tuple[TensorNames, ...], headers: Mapping[str, _Header]) -> TensorNames:
+    """Return the names that these files use; the first ones, if they use none."""
+    used = (names for names in known if f"{names.prefix}{names.final_norm}.weight" in headers)
+    return next(used, known[0])
+
+
 def _embed_name(names: TensorNames, config: ModelConfig, headers: Mapping[str, _Header]) -> str:
-    """Return the name to read; safetensors keeps one of two tied tensors, maybe the other one."""
-    embed, lm_head = f"{names.prefix}{names.embed}.weight", f"{names.lm_head}.weight"
-    only_head = config.tie_word_embeddings and lm_head in headers and embed not in headers
-    return lm_head if only_head else embed
+    """Return the module to read; safetensors keeps one of two tied tensors, maybe the other one."""
+    embed, lm_head = names.prefix + names.embed, names.lm_head
+    if config.tie_word_embeddings and f"{embed}.weight" not in headers:
+        return lm_head if f"{lm_head}.weight" in headers else embed
+    return embed
 
 
 def _check_names(

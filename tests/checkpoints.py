@@ -26,6 +26,16 @@ TINY: dict[str, dict[str, object]] = {
     "mistral": TINY_LLAMA | {"sliding_window": None},
     "qwen2": TINY_LLAMA,
     "qwen3": TINY_LLAMA | {"head_dim": 24},
+    "opt": {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "init_std": 0.2,
+    },
 }
 
 
@@ -67,16 +77,11 @@ def as_transformers_4_wrote_it(directory: Path) -> None:
     """Rewrite config.json: RoPE and dtype under the names they had, no list of layer types."""
     path = directory / "config.json"
     values = json.loads(path.read_text())
-    rope = values.pop("rope_parameters", {})
-    edit_json(
-        path,
-        rope_parameters=...,
-        rope_theta=rope.pop("rope_theta", ...),
-        rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
-        torch_dtype=values["dtype"],
-        dtype=...,
-        layer_types=...,
-    )
+    if rope := values.get("rope_parameters"):
+        scaling = rope if rope["rope_type"] != "default" else None
+        edit_json(path, rope_theta=rope.pop("rope_theta"), rope_scaling=scaling)
+    edit_json(path, torch_dtype=values["dtype"])
+    edit_json(path, rope_parameters=..., dtype=..., layer_types=...)
 
 
 def edit_json(path: Path, **changes: object) -> None:

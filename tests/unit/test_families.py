@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.config import check_max_model_len, read_model_config
 from models.errors import CheckpointError
 from models.sampling import SamplingParams
+from models.weights import DecoderWeights, load_weights, random_weights, weights_bytes
 from tests.checkpoints import as_transformers_4_wrote_it, edit_json, write_checkpoint
 from tests.oracle import assert_greedy, oracle_logits
 from tests.thread_cluster import ThreadCluster
@@ -28,6 +30,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen3": ("qwen3", {}),
     "qwen3-biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "opt": ("opt", {}),
+    "opt-untied": ("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}),
 }
 RANKS = [1, pytest.param(2, marks=CAMPAIGN), 3, pytest.param(4, marks=CAMPAIGN)]
 LENGTHS = (1, 7, 130, 1001)
@@ -67,7 +71,7 @@ def test_answer_equals_transformers(cluster: ThreadCluster, checkpoint: Path, le
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "opt"])
 def test_16_bit_logits_are_no_further_from_float32_than_transformers(
     tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
@@ -113,12 +117,16 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
             9000,
         ),
         ("qwen3", WINDOW | {"max_window_layers": 0}, None),
+        ("opt", {"max_position_embeddings": 100}, 100),
     ],
 )
-def test_windows_that_no_context_outgrows_are_served_within(
+def test_positions_end_where_answers_would_be_wrong(
     tmp_path: Path, family: str, changes: dict[str, Any], limit: int | None
 ) -> None:
-    """A window counts where transformers lets it: Llama ignores it, Qwen has a flag and a layer."""
+    """At a table's end, or where a window begins to count, which is as in transformers.
+
+    Llama ignores a window, Qwen has a flag and a first layer.
+    """
     write_checkpoint(tmp_path, family)
     edit_json(tmp_path / "config.json", **changes)
     config = read_model_config(tmp_path)
@@ -153,6 +161,12 @@ SLIDING = ["full_attention", "sliding_attention"]
         ("mistral", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope', supp"),
         ("qwen2", {"quantization_config": {"quant_method": "gptq"}}, r"_config \(gptq\), supp"),
         ("mistral", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu', supported: silu, "),
+        ("opt", {"do_layer_norm_before": False}, r"= False, supported: True \(norms before attent"),
+        ("opt", {"_remove_final_layer_norm": True}, r"= True, supported: False \(a norm after the"),
+        ("opt", {"layer_norm_elementwise_affine": False}, r"= False, supported: True \(norms with"),
+        ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32, a projection .* = 64, sup"),
+        ("opt", {"num_attention_heads": 5}, "hidden_size = 64, num_attention_heads = 5 and no he"),
+        ("opt", {"activation_function": "tanh"}, "activation_function = 'tanh', supported: silu"),
         (
             "mistral",
             {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
@@ -174,3 +188,63 @@ def test_what_is_near_a_family_but_other_is_refused(
         read_model_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def rename(directory: Path, old: str, new: str, **extra: torch.Tensor) -> None:
+    """Rewrite model.safetensors with another prefix of its tensors, and further tensors."""
+    path = directory / "model.safetensors"
+    tensors = {
+        new + name.removeprefix(old) if name.startswith(old) else name: tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors | extra, path)
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new", "harmless"),
+    [
+        ("opt", "model.decoder.", "decoder.", ["decoder.version"]),
+    ],
+)
+def test_names_of_other_checkpoints_of_a_family(
+    tmp_path: Path, family: str, old: str, new: str, harmless: list[str]
+) -> None:
+    """The Hub has files that transformers renames while it reads, and buffers that it drops."""
+    write_checkpoint(tmp_path, family)
+    before = load(tmp_path)
+
+    rename(tmp_path, old, new, **{name: torch.ones(3) for name in harmless})
+
+    after = load(tmp_path)
+    assert torch.equal(before.layers[1].qkv_PE, after.layers[1].qkv_PE)
+    assert torch.equal(before.lm_head_VE, after.lm_head_VE)
+    rename(tmp_path, "", "", **{f"{new}extra.weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=f"holds {new}extra.weight, which config.json does"):
+        load(tmp_path)
+
+
+def load(directory: Path) -> DecoderWeights:
+    config = read_model_config(directory)
+    return load_weights(directory, config, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_random_weights_have_the_structure_of_loaded_ones(tmp_path: Path, form: str) -> None:
+    family, fields = FORMS[form]
+    config = read_model_config(write_checkpoint(tmp_path, family, **fields))
+    loaded = load(tmp_path)
+    random = random_weights(config, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+
+    for mine, theirs in zip((random, *random.layers), (loaded, *loaded.layers), strict=True):
+        shapes = [
+            [
+                value.shape if isinstance(value, torch.Tensor) else None
+                for value in vars(part).values()
+            ]
+            for part in (mine, theirs)
+        ]
+        assert shapes[0] == shapes[1]
+    parameters = sum(
+        tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values()
+    )
+    assert weights_bytes(config, torch.bfloat16) == 2 * parameters

@@ -53,9 +53,12 @@ def test_reads_what_transformers_writes(tmp_path: Path) -> None:
         vocab_size=500,
         max_position_embeddings=8192,
         position_limit=None,
+        position_offset=0,
+        norm="rms",
         norm_eps=1e-6,
         qk_norm=False,
         activation="silu",
+        gated_mlp=True,
         rope=RopeConfig(theta=500000.0),
         tie_word_embeddings=True,
         attention_bias=True,
@@ -114,9 +117,14 @@ def test_every_spelling_of_rope_reads_the_same(tmp_path: Path, changes: dict[str
 
 def test_yarn_factor_defaults_to_the_growth_of_the_context(tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "original_max_position_embeddings": 2048}
-    assert read(tmp_path, rope_scaling=scaling).rope.factor == 4.0
-    beside = read(tmp_path, rope_scaling={"type": "yarn"}, original_max_position_embeddings=1024)
-    assert (beside.rope.original_max_position_embeddings, beside.rope.factor) == (1024, 8.0)
+    within = read(tmp_path, rope_scaling=scaling).rope
+    assert within is not None
+    assert within.factor == 4.0
+    beside = read(
+        tmp_path, rope_scaling={"type": "yarn"}, original_max_position_embeddings=1024
+    ).rope
+    assert beside is not None
+    assert (beside.original_max_position_embeddings, beside.factor) == (1024, 8.0)
 
 
 def test_generation_config_names_the_tokens_first(tmp_path: Path) -> None:
