@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from models.config_rope import read_rope
+from models.config_rope import read_rope, read_rotary_dim
 from models.errors import CheckpointError
 from models.families import ACTIVATIONS, FAMILIES, Family, NormKind
 from models.json_fields import JsonFields, read_json
@@ -31,17 +31,19 @@ class ModelConfig:
     intermediate_size: int
     num_heads: int  # of queries
     num_kv_heads: int  # divides num_heads
-    head_dim: int  # even with RoPE; num_heads * head_dim need not be hidden_size
+    head_dim: int  # num_heads * head_dim need not be hidden_size
     vocab_size: int
     max_position_embeddings: int  # tokens
-    position_limit: int | None  # tokens beyond which there is no right answer; None: there are all
+    position_limit: int | None  # tokens; a longer context is answered wrongly. None: none is
     position_offset: int  # row of position 0 in the table of learned positions
     norm: NormKind
     norm_eps: float
     qk_norm: bool  # query and key heads are normed before RoPE
     activation: str  # of the MLP, a key of `ACTIVATIONS`
     gated_mlp: bool  # the activation of a gate projection multiplies the up projection
+    parallel_residual: bool  # attention and MLP both read the layer's input
     rope: RopeConfig | None  # None: positions are learned
+    rotary_dim: int  # dims of a head, the first ones, that RoPE turns; even
     tie_word_embeddings: bool  # the output projection is the embedding
     attention_bias: bool  # of the q, k and v projections
     attention_out_bias: bool
@@ -65,17 +67,21 @@ def read_model_config(directory: Path) -> ModelConfig:
     family = FAMILIES[architecture]
     fields = JsonFields(path, {**family.defaults, **values})
     _refuse_unsupported(fields, family)
-    keys, heads = family.keys, _heads(fields, family)
+    keys = family.keys
+    hidden_size = fields.integer(keys.hidden_size)
+    num_heads, num_kv_heads, head_dim = _heads(fields, family)
     num_layers, max_positions = fields.integer(keys.num_layers), fields.integer(keys.max_positions)
     bos_token_id, eos_token_ids = _special_tokens(directory, fields)
     return ModelConfig(
         architecture=architecture,
         num_layers=num_layers,
-        hidden_size=fields.integer(keys.hidden_size),
-        intermediate_size=fields.integer(keys.intermediate_size),
-        num_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_dim=heads[2],
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer(
+            keys.intermediate_size, default=family.mlp_ratio and family.mlp_ratio * hidden_size
+        ),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=max_positions,
         position_limit=_position_limit(fields, family, num_layers, max_positions),
@@ -85,7 +91,9 @@ def read_model_config(directory: Path) -> ModelConfig:
         qk_norm=family.qk_norm,
         activation=_activation(fields, keys.activation),
         gated_mlp=family.gated_mlp,
-        rope=None if family.learned_positions else read_rope(fields, max_positions),
+        parallel_residual=_flag(fields, family.parallel_residual),
+        rope=None if family.learned_positions else read_rope(fields, family, max_positions),
+        rotary_dim=0 if family.learned_positions else read_rotary_dim(fields, family, head_dim),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         attention_bias=_flag(fields, family.qkv_bias),
         attention_out_bias=_flag(fields, family.out_bias),
@@ -104,8 +112,8 @@ def check_max_model_len(config: ModelConfig, max_model_len: int | None) -> None:
     """
     if max_model_len and config.position_limit and max_model_len > config.position_limit:
         raise CheckpointError(
-            f"max_model_len is {max_model_len}, but this checkpoint's positions end at"
-            f" {config.position_limit} tokens: ask for no more"
+            f"max_model_len is {max_model_len}, but the positions of this checkpoint end, or its"
+            f" sliding window begins to hide tokens, at {config.position_limit}: ask for no more"
         )
 
 
@@ -190,26 +198,23 @@ def _position_limit(
 
 def _heads(fields: JsonFields, family: Family) -> tuple[int, int, int]:
     """Return ``(num_heads, num_kv_heads, head_dim)``."""
-    hidden_size, num_heads = (
-        fields.integer(key) for key in (family.keys.hidden_size, family.keys.num_heads)
-    )
+    keys = family.keys
+    hidden_size, num_heads = fields.integer(keys.hidden_size), fields.integer(keys.num_heads)
     num_kv_heads = num_heads
     if family.grouped_heads:
         num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         fields.refuse(
-            f"num_attention_heads = {num_heads} and num_key_value_heads = {num_kv_heads}",
+            f"{keys.num_heads} = {num_heads} and num_key_value_heads = {num_kv_heads}",
             "a number of query heads that the number of kv heads divides",
         )
     own_dim = family.grouped_heads and "head_dim" in fields.values
     if not own_dim and hidden_size % num_heads:
         fields.refuse(
-            f"hidden_size = {hidden_size}, num_attention_heads = {num_heads} and no head_dim",
+            f"{keys.hidden_size} = {hidden_size}, {keys.num_heads} = {num_heads} and no head_dim",
             "a hidden size that the number of heads divides, or an explicit head_dim",
         )
     head_dim = fields.integer("head_dim") if own_dim else hidden_size // num_heads
-    if head_dim % 2 and not family.learned_positions:
-        fields.refuse(f"head_dim = {head_dim}", "an even one, since RoPE rotates pairs of dims")
     return num_heads, num_kv_heads, head_dim
 
 

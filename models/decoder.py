@@ -44,7 +44,7 @@ class Decoder:
         self._activate = ACTIVATIONS[config.activation]
         self._inv_freq, self._rope_factor = None, 1.0
         if config.rope is not None:
-            inv_freq, self._rope_factor = rope_inv_freq(config.rope, config.head_dim)
+            inv_freq, self._rope_factor = rope_inv_freq(config.rope, config.rotary_dim)
             self._inv_freq = inv_freq.to(self.device)
 
     @torch.inference_mode()
@@ -78,8 +78,13 @@ class Decoder:
                 x_TE, out_THD = x_TE[keep_rows], out_THD[keep_rows]
             with timer("gemm"):
                 out_TX = out_THD.flatten(1).to(self.dtype)
-                x_TE += functional.linear(out_TX, layer.out_EX, layer.out_bias_E)
-                self._add_mlp(layer, x_TE)
+                out_TE = functional.linear(out_TX, layer.out_EX, layer.out_bias_E)
+                if self.config.parallel_residual:
+                    self._add_mlp(layer, x_TE, out_TE)
+                    x_TE += out_TE
+                else:
+                    x_TE += out_TE
+                    self._add_mlp(layer, x_TE, x_TE)
             on_layer(index)
         return x_TE
 
@@ -100,11 +105,13 @@ class Decoder:
             self._norm_heads_(qkv_TPD[:, :H], layer.query_norm_D)
             self._norm_heads_(qkv_TPD[:, H : H + K], layer.key_norm_D)
         if cos_sin is not None:
-            apply_rope_(qkv_TPD[:, : H + K], *cos_sin)
+            apply_rope_(qkv_TPD[:, : H + K, : self.config.rotary_dim], *cos_sin)
         return qkv_TPD[:, :H], qkv_TPD[:, H:].contiguous()
 
-    def _add_mlp(self, layer: LayerWeights, x_TE: Tensor) -> None:
-        for rows_TE in x_TE.split(MLP_TOKENS[self.device.type]):
+    def _add_mlp(self, layer: LayerWeights, x_TE: Tensor, sum_TE: Tensor) -> None:
+        """Add the MLP's output for ``x_TE`` to ``sum_TE``, which may be the same."""
+        tokens = MLP_TOKENS[self.device.type]
+        for rows_TE, sum_rows_TE in zip(x_TE.split(tokens), sum_TE.split(tokens), strict=True):
             normed_TE = self._norm(rows_TE, layer.post_norm_E, layer.post_norm_bias_E)
             up_TF = functional.linear(normed_TE, layer.gate_up_FE, layer.gate_up_bias_F)
             if self.config.gated_mlp:
@@ -112,13 +119,13 @@ class Decoder:
                 inner_TF = self._activate(gate_TF).mul_(up_TF)
             else:
                 inner_TF = self._activate(up_TF)
-            rows_TE += functional.linear(inner_TF, layer.down_EF, layer.down_bias_E)
+            sum_rows_TE += functional.linear(inner_TF, layer.down_EF, layer.down_bias_E)
 
     def _norm_heads_(self, x_THD: Tensor, weight_D: Tensor) -> None:
         for rows_tHD in x_THD.split(MLP_TOKENS[self.device.type]):
-            rows_tHD.copy_(self._norm(rows_tHD, weight_D))
+            rows_tHD.copy_(self._norm(rows_tHD, weight_D, None))
 
-    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.config.norm == "rms":
             return functional.rms_norm(x, weight.shape, weight, self.config.norm_eps)
         return functional.layer_norm(x, weight.shape, weight, bias, self.config.norm_eps)

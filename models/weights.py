@@ -86,6 +86,9 @@ def load_weights(
         with _open(path, device) as file:
             for name in (name for name in slices if headers[name].path == path):
                 slices[name].copy_(file.get_tensor(name))
+    if family.qkv_by_head:
+        for layer in weights.layers:
+            _sort_qkv_(layer, config.head_dim)
     if lm_head in headers.keys() - slices.keys():
         _check_tied_head(weights.embed_VE, lm_head, headers[lm_head].path)
     return weights
@@ -163,6 +166,7 @@ def _tensors(weights: DecoderWeights) -> list[Tensor]:
     return list({id(value): value for value in values if isinstance(value, Tensor)}.values())
 
 
+# Names of modules, the rows of each (or of every one), and the weight and bias they make up.
 _Fused = tuple[tuple[str, ...], int | list[int], Tensor | None, Tensor | None]
 
 
@@ -170,42 +174,57 @@ def _slices(
     weights: DecoderWeights, config: ModelConfig, names: TensorNames, embed: str
 ) -> dict[str, Tensor]:
     """Map each tensor name of the checkpoint to the view that it fills."""
-    slices: dict[str, Tensor] = {}
-    for modules, rows, weight, bias in _fused(weights, config, names, embed):
-        for suffix, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None:
-                parts = zip(modules, tensor.split(rows), strict=True)
-                slices |= {f"{module}.{suffix}": part for module, part in parts}
+    hidden, vocab, top = config.hidden_size, config.vocab_size, names.prefix
+    modules: list[_Fused] = [
+        ((embed,), vocab, weights.embed_VE, None),
+        ((top + names.final_norm,), hidden, weights.final_norm_E, weights.final_norm_bias_E),
+    ]
+    if weights.positions_LE is not None:
+        rows = len(weights.positions_LE)
+        modules.append(((top + names.positions,), rows, weights.positions_LE, None))
+    if not config.tie_word_embeddings:
+        modules.append(((names.lm_head,), vocab, weights.lm_head_VE, None))
+    slices = _split("", modules)
+    transposed = FAMILIES[config.architecture].transposed
+    for index, layer in enumerate(weights.layers):
+        parts = _split(top + names.layer.format(index), _layer_modules(layer, config, names))
+        slices |= {name: part.t() if transposed else part for name, part in parts.items()}
     return slices
 
 
-def _fused(
-    weights: DecoderWeights, config: ModelConfig, names: TensorNames, embed: str
-) -> Iterator[_Fused]:
-    """Yield modules of the checkpoint, the rows of each, and the weight and bias they make up."""
+def _layer_modules(layer: LayerWeights, config: ModelConfig, names: TensorNames) -> list[_Fused]:
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    top = names.prefix
-    yield (embed,), config.vocab_size, weights.embed_VE, None
-    if weights.positions_LE is not None:
-        yield (top + names.positions,), len(weights.positions_LE), weights.positions_LE, None
-    yield (top + names.final_norm,), hidden, weights.final_norm_E, weights.final_norm_bias_E
-    if not config.tie_word_embeddings:
-        yield (names.lm_head,), config.vocab_size, weights.lm_head_VE, None
-    for index, layer in enumerate(weights.layers):
-        of_layer: list[_Fused] = [
-            ((names.input_norm,), hidden, layer.input_norm_E, layer.input_norm_bias_E),
-            (names.qkv, [query, key, key], layer.qkv_PE, layer.qkv_bias_P),
-            ((names.query_norm,), config.head_dim, layer.query_norm_D, None),
-            ((names.key_norm,), config.head_dim, layer.key_norm_D, None),
-            ((names.out,), hidden, layer.out_EX, layer.out_bias_E),
-            ((names.post_norm,), hidden, layer.post_norm_E, layer.post_norm_bias_E),
-            (names.gate_up, inner, layer.gate_up_FE, layer.gate_up_bias_F),
-            ((names.down,), hidden, layer.down_EF, layer.down_bias_E),
-        ]
-        prefix = top + names.layer.format(index)
-        for modules, rows, weight, bias in of_layer:
-            yield tuple(prefix + module for module in modules), rows, weight, bias
+    qkv = [query, key, key] if len(names.qkv) == 3 else query + 2 * key
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    return [
+        ((names.input_norm,), hidden, layer.input_norm_E, layer.input_norm_bias_E),
+        (names.qkv, qkv, layer.qkv_PE, layer.qkv_bias_P),
+        ((names.query_norm,), head_dim, layer.query_norm_D, None),
+        ((names.key_norm,), head_dim, layer.key_norm_D, None),
+        ((names.out,), hidden, layer.out_EX, layer.out_bias_E),
+        ((names.post_norm,), hidden, layer.post_norm_E, layer.post_norm_bias_E),
+        (names.gate_up, inner, layer.gate_up_FE, layer.gate_up_bias_F),
+        ((names.down,), hidden, layer.down_EF, layer.down_bias_E),
+    ]
+
+
+def _split(prefix: str, modules: list[_Fused]) -> dict[str, Tensor]:
+    """Cut fused tensors into one part for each module, by its name in the file."""
+    slices: dict[str, Tensor] = {}
+    for names, rows, weight, bias in modules:
+        for suffix, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                parts = zip(names, tensor.split(rows), strict=True)
+                slices |= {f"{prefix}{name}.{suffix}": part for name, part in parts}
+    return slices
+
+
+def _sort_qkv_(layer: LayerWeights, head_dim: int) -> None:
+    """Reorder rows of q, k and v of each head in turn to rows of q, then k, then v."""
+    for tensor in (layer.qkv_PE, layer.qkv_bias_P):
+        if tensor is not None:
+            by_head = tensor.unflatten(0, (-1, 3, head_dim))
+            tensor.copy_(by_head.transpose(0, 1).flatten(0, 2))
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -274,8 +293,12 @@ def _read_headers(files: list[Path]) -> dict[str, _Header]:
 
 def _names(known: tuple[TensorNames, ...], headers: Mapping[str, _Header]) -> TensorNames:
     """Return the names that these files use; the first ones, if they use none."""
-    used = (names for names in known if f"{names.prefix}{names.final_norm}.weight" in headers)
-    return next(used, known[0])
+
+    def count(names: TensorNames) -> int:
+        outside_layers = (names.prefix + names.final_norm, names.lm_head)
+        return sum(f"{module}.weight" in headers for module in outside_layers)
+
+    return max(known, key=count)
 
 
 def _embed_name(names: TensorNames, config: ModelConfig, headers: Mapping[str, _Header]) -> str:

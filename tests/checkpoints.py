@@ -36,6 +36,23 @@ TINY: dict[str, dict[str, object]] = {
         "max_position_embeddings": 2048,
         "init_std": 0.2,
     },
+    "gpt2": {
+        "vocab_size": 500,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 2048,
+        "initializer_range": 0.2,
+    },
+    "gpt_neox": {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.3,
+    },
 }
 
 
@@ -79,7 +96,10 @@ def as_transformers_4_wrote_it(directory: Path) -> None:
     values = json.loads(path.read_text())
     if rope := values.get("rope_parameters"):
         scaling = rope if rope["rope_type"] != "default" else None
-        edit_json(path, rope_theta=rope.pop("rope_theta"), rope_scaling=scaling)
+        neox = values["model_type"] == "gpt_neox"
+        theta, fraction = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
+        edit_json(path, rope_scaling=scaling, rotary_pct=fraction)
+        edit_json(path, **{"rotary_emb_base" if neox else "rope_theta": theta})
     edit_json(path, torch_dtype=values["dtype"])
     edit_json(path, rope_parameters=..., dtype=..., layer_types=...)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from models.config import check_max_model_len, read_model_config
 from models.errors import CheckpointError
+from models.families import FAMILIES
 from models.sampling import SamplingParams
 from models.weights import DecoderWeights, load_weights, random_weights, weights_bytes
 from tests.checkpoints import as_transformers_4_wrote_it, edit_json, write_checkpoint
@@ -31,6 +32,19 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3-biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
     "opt": ("opt", {}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-inner": ("gpt2", {"n_inner": 96, "tie_word_embeddings": False}),
+    "neox": ("gpt_neox", {}),
+    "neox-serial": (
+        "gpt_neox",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_fast",
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.5, "rope_theta": 2e4},
+        },
+    ),
     "opt-untied": ("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}),
 }
 RANKS = [1, pytest.param(2, marks=CAMPAIGN), 3, pytest.param(4, marks=CAMPAIGN)]
@@ -71,7 +85,7 @@ def test_answer_equals_transformers(cluster: ThreadCluster, checkpoint: Path, le
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "opt", "gpt2", "gpt_neox"])
 def test_16_bit_logits_are_no_further_from_float32_than_transformers(
     tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
@@ -118,6 +132,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
         ),
         ("qwen3", WINDOW | {"max_window_layers": 0}, None),
         ("opt", {"max_position_embeddings": 100}, 100),
+        ("gpt2", {"n_positions": 100}, 100),
+        ("gpt_neox", {}, None),
     ],
 )
 def test_positions_end_where_answers_would_be_wrong(
@@ -136,7 +152,9 @@ def test_positions_end_where_answers_would_be_wrong(
     if limit is None:
         check_max_model_len(config, 10**6)
     else:
-        with pytest.raises(CheckpointError, match=rf"max_model_len is {limit + 1}, but .* {limit}"):
+        with pytest.raises(
+            CheckpointError, match=rf"max_model_len is {limit + 1}, but .* at {limit}: "
+        ):
             check_max_model_len(config, limit + 1)
 
 
@@ -156,7 +174,7 @@ SLIDING = ["full_attention", "sliding_attention"]
             WINDOW | {"max_window_layers": 1, "layer_types": ...},
             "sliding_window = 4096, which .* outgrows, supported: attention to all tokens",
         ),
-        ("qwen3", {"head_dim": 25}, "head_dim = 25, supported: an even one"),
+        ("qwen3", {"head_dim": 25}, "head_dim = 25, supported: an even number"),
         ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic', supp"),
         ("mistral", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope', supp"),
         ("qwen2", {"quantization_config": {"quant_method": "gptq"}}, r"_config \(gptq\), supp"),
@@ -167,6 +185,29 @@ SLIDING = ["full_attention", "sliding_attention"]
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32, a projection .* = 64, sup"),
         ("opt", {"num_attention_heads": 5}, "hidden_size = 64, num_attention_heads = 5 and no he"),
         ("opt", {"activation_function": "tanh"}, "activation_function = 'tanh', supported: silu"),
+        (
+            "gpt2",
+            {"scale_attn_weights": False},
+            r"= False, supported: True \(scores divided by the",
+        ),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            r"= True, supported: False \(the same ",
+        ),
+        ("gpt2", {"add_cross_attention": True}, r"= True, supported: False \(a decoder alone"),
+        ("gpt2", {"n_head": 5}, "n_embd = 64, n_head = 5 and no head_dim, supported:"),
+        ("gpt2", {"n_layer": ...}, "lacks n_layer, which this kind of model needs"),
+        (
+            "gpt_neox",
+            {"rope_parameters": None, "rotary_pct": 0.2},
+            "head_dim = 16 of which RoPE turns 3, supported: an even number",
+        ),
+        (
+            "gpt_neox",
+            {"rope_parameters": None, "rotary_pct": 1.5},
+            "head_dim = 16 of which RoPE turns 24, supported: an even number",
+        ),
         (
             "mistral",
             {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
@@ -204,6 +245,9 @@ def rename(directory: Path, old: str, new: str, **extra: torch.Tensor) -> None:
     ("family", "old", "new", "harmless"),
     [
         ("opt", "model.decoder.", "decoder.", ["decoder.version"]),
+        ("gpt2", "transformer.", "", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+        ("gpt_neox", "embed_out.", "lm_head.", ["gpt_neox.layers.0.attention.bias"]),
+        ("gpt_neox", "", "", ["gpt_neox.layers.1.attention.rotary_emb.inv_freq"]),
     ],
 )
 def test_names_of_other_checkpoints_of_a_family(
@@ -248,3 +292,22 @@ def test_random_weights_have_the_structure_of_loaded_ones(tmp_path: Path, form: 
         tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values()
     )
     assert weights_bytes(config, torch.bfloat16) == 2 * parameters
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_keys_that_config_json_leaves_out_are_as_in_transformers(architecture: str) -> None:
+    """Defaults are facts too: OPT is tied where nothing says so, and Mistral has a window."""
+    import transformers
+
+    model_type = getattr(transformers, architecture).config_class.model_type
+    config = transformers.AutoConfig.for_model(model_type, use_sliding_window=True)
+    rope = getattr(config, "rope_parameters", {})
+    theirs = vars(config) | {"rotary_pct": rope.get("partial_rotary_factor")}
+    family = FAMILIES[architecture]
+    ours = {**family.defaults} | {key: supported for key, (supported, _) in family.fixed.items()}
+
+    assert {key: theirs[key] for key in ours} == ours
+    assert config.tie_word_embeddings == ours.get("tie_word_embeddings", False)
+    flags = {fact for fact in vars(family).values() if isinstance(fact, str)}
+    for key in flags & {"attention_bias", "mlp_bias", "enable_bias", "use_parallel_residual"}:
+        assert theirs[key] == ours.get(key, False)
