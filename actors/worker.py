@@ -156,19 +156,30 @@ class GPUWorker:
         indices_T = zigzag.indices(ring.rank)
         ids_T = torch.from_numpy(plan.token_ids).long()[indices_T].to(self._device)
         self._pool.grow(plan.sequence_id, len(ids_T))
-        self._rounds_done, self._rounds = 0, self._decoder.config.num_layers * ring.size
+        keeps_all = plan.prompt_logprobs is not None
+        last_layer = self._decoder.config.num_layers - 1
+        # The last layer goes round the ring only where all of its rows are wanted.
+        self._rounds_done, self._rounds = 0, (last_layer + keeps_all) * ring.size
         around_ring = PassKVAttention(zigzag, ring, timer, on_round=self._count_round)
         samples = ring.rank == plan.sampling_rank
         last_row = [len(ids_T) - 1] if samples else []
         hidden_TE = self._decoder.forward(
             ids_T,
             zigzag.positions(ring.rank).to(self._device),
-            PrefillAttention(plan.sequence_id, self._pool, around_ring, timer),
+            PrefillAttention(
+                plan.sequence_id,
+                self._pool,
+                ring,
+                around_ring,
+                timer,
+                last_layer=None if keeps_all else last_layer,
+                query_rank=plan.sampling_rank,
+            ),
             timer,
-            keep_rows=last_row if plan.prompt_logprobs is None else None,
+            keep_rows=None if keeps_all else last_row,
         )
         prompt_logprobs = None
-        if plan.prompt_logprobs is not None:
+        if keeps_all:
             prompt_logprobs = self._prompt_logprobs(hidden_TE, indices_T, plan, timer)
             hidden_TE = hidden_TE[last_row]
         if samples:

@@ -29,7 +29,10 @@ class LayerAttention(Protocol):
     """What the decoder asks of attention: one call a layer, in order of layers."""
 
     def __call__(self, layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
-        """Return ``out_THD`` for these queries; ``kv_TJD`` is contiguous and RoPE is applied."""
+        """Return ``out_THD`` for these queries; ``kv_TJD`` is contiguous and RoPE is applied.
+
+        In the last layer there may be fewer queries than keys: those of the kept rows.
+        """
 
 
 class Decoder:
@@ -61,7 +64,7 @@ class Decoder:
         """Return the last layer's hidden states ``[rows, E]`` of the kept rows (None: of all).
 
         ``ids_T`` and ``positions_T`` are int64 on the model's device. What no
-        kept row needs is left out of the last layer.
+        kept row needs is left out of the last layer: all but the keys and values of the others.
         """
         x_TE = functional.embedding(ids_T, self._weights.embed_VE)
         if self._weights.positions_LE is not None:
@@ -71,11 +74,13 @@ class Decoder:
         if self._inv_freq is not None:
             cos_sin = rope_cos_sin(positions_T, self._inv_freq, self._rope_factor)
         for index, layer in enumerate(self._weights.layers):
+            is_last = index == len(self._weights.layers) - 1
+            rows = keep_rows if is_last else None
             with timer("gemm"):
-                q_THD, kv_TJD = self._project(layer, x_TE, cos_sin)
+                q_THD, kv_TJD = self._project(layer, x_TE, cos_sin, rows)
             out_THD = attention(index, q_THD, kv_TJD)
-            if keep_rows is not None and index == len(self._weights.layers) - 1:
-                x_TE, out_THD = x_TE[keep_rows], out_THD[keep_rows]
+            if rows is not None:
+                x_TE = x_TE[rows]
             with timer("gemm"):
                 out_TX = out_THD.flatten(1).to(self.dtype)
                 out_TE = functional.linear(out_TX, layer.out_EX, layer.out_bias_E)
@@ -96,17 +101,38 @@ class Decoder:
         return functional.linear(normed_TE, weights.lm_head_VE).float()
 
     def _project(
-        self, layer: LayerWeights, x_TE: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+        self,
+        layer: LayerWeights,
+        x_TE: Tensor,
+        cos_sin: tuple[Tensor, Tensor] | None,
+        query_rows: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor]:
+        """Return ``(q, kv_TJD)``; the queries of some rows alone where these are given."""
         H, K, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         normed_TE = self._norm(x_TE, layer.input_norm_E, layer.input_norm_bias_E)
-        qkv_TPD = functional.linear(normed_TE, layer.qkv_PE, layer.qkv_bias_P).unflatten(1, (-1, D))
-        if layer.query_norm_D is not None and layer.key_norm_D is not None:
+        if query_rows is None:
+            qkv_TPD = self._heads(layer, normed_TE, slice(None))
             self._norm_heads_(qkv_TPD[:, :H], layer.query_norm_D)
             self._norm_heads_(qkv_TPD[:, H : H + K], layer.key_norm_D)
+            self._turn_(qkv_TPD[:, : H + K], cos_sin)
+            return qkv_TPD[:, :H], qkv_TPD[:, H:].contiguous()
+        q_RHD = self._heads(layer, normed_TE[query_rows], slice(H * D))
+        kv_TJD = self._heads(layer, normed_TE, slice(H * D, None))
+        self._norm_heads_(q_RHD, layer.query_norm_D)
+        self._norm_heads_(kv_TJD[:, :K], layer.key_norm_D)
+        self._turn_(q_RHD, cos_sin and (cos_sin[0][query_rows], cos_sin[1][query_rows]))
+        self._turn_(kv_TJD[:, :K], cos_sin)
+        return q_RHD, kv_TJD
+
+    def _heads(self, layer: LayerWeights, normed_TE: Tensor, part: slice) -> Tensor:
+        """Project to some of the query, key and value heads."""
+        bias_P = None if layer.qkv_bias_P is None else layer.qkv_bias_P[part]
+        projected_TP = functional.linear(normed_TE, layer.qkv_PE[part], bias_P)
+        return projected_TP.unflatten(1, (-1, self.config.head_dim))
+
+    def _turn_(self, heads_THD: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> None:
         if cos_sin is not None:
-            apply_rope_(qkv_TPD[:, : H + K, : self.config.rotary_dim], *cos_sin)
-        return qkv_TPD[:, :H], qkv_TPD[:, H:].contiguous()
+            apply_rope_(heads_THD[..., : self.config.rotary_dim], *cos_sin)
 
     def _add_mlp(self, layer: LayerWeights, x_TE: Tensor, sum_TE: Tensor) -> None:
         """Add the MLP's output for ``x_TE`` to ``sum_TE``, which may be the same."""
@@ -121,7 +147,9 @@ class Decoder:
                 inner_TF = self._activate(up_TF)
             sum_rows_TE += functional.linear(inner_TF, layer.down_EF, layer.down_bias_E)
 
-    def _norm_heads_(self, x_THD: Tensor, weight_D: Tensor) -> None:
+    def _norm_heads_(self, x_THD: Tensor, weight_D: Tensor | None) -> None:
+        if weight_D is None:
+            return
         for rows_tHD in x_THD.split(MLP_TOKENS[self.device.type]):
             rows_tHD.copy_(self._norm(rows_tHD, weight_D, None))
 

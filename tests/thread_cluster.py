@@ -107,7 +107,9 @@ class ThreadCluster:
             timer = PartTimer(decoder.device)
             pool.grow(sequence_id, zigzag.count(ring.rank))
             around_ring = PassKVAttention(zigzag, ring, timer)
-            attention = PrefillAttention(sequence_id, pool, around_ring, timer)
+            attention = PrefillAttention(
+                sequence_id, pool, ring, around_ring, timer, last_layer=None
+            )
             ids, positions = ids_T[zigzag.indices(ring.rank)], zigzag.positions(ring.rank)
             hidden_TE = decoder.forward(ids, positions, attention, timer)
             pool.release(sequence_id)
