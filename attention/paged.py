@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from attention.cuda_kernels import attend_flash_pages, flash_reads_pages
 from attention.kernel import attend, empty_partial
 from attention.merge import merge_stacked
 
@@ -69,7 +70,19 @@ def _attend_pages_cuda(
     num_rows: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    index = torch.tensor(page_ids, device=q_THD.device)
+    """Read neighbouring pages in place, others by the kernel that can, else a gathered copy.
+
+    The pool gives out the lowest free pages, so a lone sequence's are neighbours.
+    """
+    first, count = page_ids[0], -(-num_rows // k_pages.shape[1])
+    if list(page_ids[:count]) == list(range(first, first + count)):
+        k_SKD, v_SKD = (
+            pages[first : first + count].flatten(0, 1)[:num_rows] for pages in (k_pages, v_pages)
+        )
+        return attend(q_THD, k_SKD, v_SKD, scale=scale)
+    index = torch.tensor(page_ids[:count], dtype=torch.int32, device=q_THD.device)
+    if flash_reads_pages(k_pages):
+        return attend_flash_pages(q_THD, k_pages, v_pages, index, num_rows, scale)
     k_SKD, v_SKD = (pages[index].flatten(0, 1)[:num_rows] for pages in (k_pages, v_pages))
     return attend(q_THD, k_SKD, v_SKD, scale=scale)
 
