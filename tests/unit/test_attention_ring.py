@@ -19,6 +19,7 @@ from tests.ring_conformance import (
     exchange_until_peer_is_lost,
     leave,
 )
+from tests.staged_ring import StagedRing
 
 CPU = torch.device("cpu")
 all_checks = pytest.mark.parametrize(
@@ -42,6 +43,12 @@ def process_ranks(request: pytest.FixtureRequest) -> Iterator[ProcessRanks]:
 def test_ring_of_threads_conforms(thread_ranks: ThreadRanks, check: Check) -> None:
     """Tests of attention and of the cluster stand on this ring."""
     thread_ranks.run(lambda ring: check(ring, CPU))
+
+
+@all_checks
+def test_ring_by_way_of_the_host_conforms(thread_ranks: ThreadRanks, check: Check) -> None:
+    """Tests of several ranks on one GPU stand on this ring."""
+    thread_ranks.run(lambda ring: check(StagedRing(ring), CPU))
 
 
 @all_checks
