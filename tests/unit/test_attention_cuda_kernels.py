@@ -212,12 +212,14 @@ def test_pages_are_read_in_each_of_the_three_ways(
     q, k, v = random_qkv(queries, num_rows, dtype=dtype)
     page_ids = [5, 1, 2, 4] if scattered else [1, 2, 3, 7]
     pages = torch.full((2, 8, capacity, 2, 32), torch.nan, dtype=dtype)
-    for row in range(num_rows):
-        pages[:, page_ids[row // capacity], row % capacity] = torch.stack([k[row], v[row]])
+    for of_what, rows in zip(pages, (k, v), strict=True):
+        attention.paged._store_rows_cuda(of_what, page_ids, 0, rows[:5])
+        attention.paged._store_rows_cuda(of_what, page_ids, 5, rows[5:])
 
     actual = attention.paged._attend_pages_cuda(q, pages[0], pages[1], page_ids, num_rows, None)
 
     assert_partial(actual, softmax_attention(q, k, v), dtype)
+    assert pages.isfinite().all(-1).all(-1).sum() == 2 * num_rows  # no other row was written
 
 
 def test_which_pages_the_flash_kernel_reads() -> None:
