@@ -6,21 +6,23 @@ An async Ray actor runs this class. Decisions are in `actors.generation` and
 
 import asyncio
 import dataclasses
+import functools
 import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 import torch.distributed as dist
 
-from actors.errors import PlacementError
+from actors.answer import Answer
+from actors.cluster_info import ClusterInfo, size_pool
+from actors.detokenizer import AnswerText, Detokenizer
+from actors.draws import BadWords, bad_word_ids, check_params
 from actors.generation import Generation
 from actors.messages import (
-    CompletionOutput,
     Plan,
     PrefillPlan,
     Progress,
@@ -28,7 +30,8 @@ from actors.messages import (
     RequestMetrics,
     RequestOutput,
     StepRecord,
-    WorkerInfo,
+    StepResult,
+    TokenIds,
     WorkerSpec,
 )
 from actors.placement import Place, place
@@ -36,20 +39,9 @@ from actors.prompt import prompt_ids
 from actors.ranks import Ranks
 from configs import Config
 from models.config import ModelConfig, read_model_config
+from models.draw import answer_seed
+from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterInfo:
-    """What a cluster is, once it is up."""
-
-    model: str
-    num_ranks: int
-    hosts: tuple[str, ...]  # of each rank
-    workers: tuple[WorkerInfo, ...]
-    max_model_len: int
-    kv_capacity_tokens: int  # over all ranks
-    has_tokenizer: bool
 
 
 class Coordinator:
@@ -91,7 +83,13 @@ class Coordinator:
             asyncio.to_thread(Tokenizer.load, directory),
             self._ranks.call("load", timeout_s=config.ray.start_timeout_s),
         )
-        self._info = self._size_pool(infos, places)
+        self._info = size_pool(
+            config,
+            self._model.max_position_embeddings,
+            infos,
+            places,
+            has_tokenizer=self._tokenizer is not None,
+        )
         num_pages = self._info.kv_capacity_tokens // config.page_tokens // len(places)
         await self._ranks.call("allocate", num_pages, timeout_s=config.ray.start_timeout_s)
         await self._form_ring()
@@ -103,36 +101,35 @@ class Coordinator:
 
         Raises:
             PromptError: The prompt is empty, too long or cannot be read.
+            SamplingError: A sampling parameter is not for this model.
             ClusterError: A rank was lost or a step failed.
         """
         arrival_s = time.perf_counter()
         prompt = prompt_ids(
             request, self._tokenizer, self._model.vocab_size, self._info.max_model_len
         )
+        bad_words = self._read_params(request.params)
+        seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         self._waiting += 1
         async with self._turn:
             self._waiting -= 1
             start_s = time.perf_counter()
             self._running = (request, len(prompt), start_s)
-            generation = self._generation(request, prompt)
             try:
-                records, ttft_s = await self._drive(generation, arrival_s)
+                answers = [
+                    await self._drive(self._answer(request, prompt, bad_words, seed, index))
+                    for index in range(request.params.n)
+                ]
             finally:
                 self._running = None
-                self._release += (generation.sequence_id,)
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.text,
-            prompt_token_ids=tuple(prompt.tolist()),
-            outputs=(self._completion(generation),),
-            num_cached_tokens=0,
-            metrics=RequestMetrics(
-                queue_s=start_s - arrival_s,
-                ttft_s=ttft_s,
-                total_s=time.perf_counter() - arrival_s,
-            ),
-            steps=tuple(records),
+        metrics = RequestMetrics(
+            queue_s=start_s - arrival_s,
+            ttft_s=answers[0].first_token_s - arrival_s,
+            total_s=time.perf_counter() - arrival_s,
         )
+        # In a thread: a long prompt's log-probabilities are millions of objects, and heartbeats
+        # must not wait for them.
+        return await asyncio.to_thread(self._output, request, prompt, answers, metrics)
 
     async def progress(self) -> Progress | None:
         """Return how far the prefill under way has come, or None where none is."""
@@ -163,22 +160,20 @@ class Coordinator:
         if hasattr(self, "_ranks"):
             self._ranks.kill()
 
-    async def _drive(
-        self, generation: Generation, arrival_s: float
-    ) -> tuple[list[StepRecord], float]:
-        """Execute plans until the answer is complete; return their records and the TTFT."""
-        records: list[StepRecord] = []
-        ttft_s = 0.0
-        while plan := generation.next_plan(self._steps, self._release):
-            self._steps += 1
-            self._release = ()
-            record, token_ids = await self._execute(plan, generation.cached_tokens)
-            generation.advance(token_ids)
-            ttft_s = ttft_s or time.perf_counter() - arrival_s
-            records.append(record)
-        return records, ttft_s
+    async def _drive(self, answer: Answer) -> Answer:
+        """Execute plans until the answer is complete."""
+        generation = answer.generation
+        try:
+            while plan := generation.next_plan(self._steps, self._release):
+                self._steps += 1
+                self._release = ()
+                record, results = await self._execute(plan, generation.cached_tokens)
+                answer.take(record, results, plan.sampling_rank)
+        finally:
+            self._release += (generation.sequence_id,)
+        return answer
 
-    async def _execute(self, plan: Plan, cached_tokens: int) -> tuple[StepRecord, tuple[int, ...]]:
+    async def _execute(self, plan: Plan, cached_tokens: int) -> tuple[StepRecord, list[StepResult]]:
         start_s = time.perf_counter()
         # A long prompt is put into the object store once, not once for every rank.
         is_prefill = isinstance(plan, PrefillPlan)
@@ -199,7 +194,7 @@ class Coordinator:
             ranks_wall_s=tuple(result.wall_s for result in results),
             ranks_parts_s=tuple(result.parts_s for result in results),
         )
-        return record, token_ids
+        return record, results
 
     async def _form_ring(self) -> None:
         """Host the rendezvous here: a store in a rank would die with it."""
@@ -216,30 +211,70 @@ class Coordinator:
             timeout_s=self._config.ray.start_timeout_s,
         )
 
-    def _generation(self, request: Request, prompt: Any) -> Generation:
-        seed = request.params.seed
+    def _read_params(self, params: SamplingParams) -> BadWords:
+        check_params(
+            params,
+            vocab_size=self._model.vocab_size,
+            max_logprobs=self._config.max_logprobs,
+            has_tokenizer=self._tokenizer is not None,
+        )
+        if self._tokenizer is None:
+            return ()
+        return bad_word_ids(params, self._tokenizer, self._model.vocab_size)
+
+    def _answer(
+        self, request: Request, prompt: TokenIds, bad_words: BadWords, seed: int, index: int
+    ) -> Answer:
         self._sequences += 1
-        return Generation(
+        text = self._answer_text(request.params, prompt)
+        generation = Generation(
             sequence_id=self._sequences,
             prompt=prompt,
             params=request.params,
-            seed=secrets.randbits(63) if seed is None else seed,
+            seed=answer_seed(seed, index),
             eos_ids=self._model.eos_token_ids,
             num_ranks=self._info.num_ranks,
             max_model_len=self._info.max_model_len,
             decode_block_tokens=self._config.decode_block_tokens,
             burst_steps=self._config.scheduler.decode_burst_steps,
+            bad_words=bad_words,
+            text=text,
+            wants_prompt_logprobs=index == 0,
+        )
+        return Answer(generation, text)
+
+    def _answer_text(self, params: SamplingParams, prompt: TokenIds) -> AnswerText | None:
+        if self._tokenizer is None:
+            return None
+        decode = functools.partial(
+            self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens
+        )
+        return AnswerText(
+            Detokenizer(decode, prompt),
+            stop=tuple(params.stop or ()),
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
         )
 
-    def _completion(self, generation: Generation) -> CompletionOutput:
-        assert generation.finish_reason is not None
-        text = "" if self._tokenizer is None else self._tokenizer.decode(generation.text_ids)
-        return CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=tuple(generation.token_ids),
-            finish_reason=generation.finish_reason,
+    def _output(
+        self, request: Request, prompt: TokenIds, answers: list[Answer], metrics: RequestMetrics
+    ) -> RequestOutput:
+        spell = functools.cache(self._spell)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.text,
+            prompt_token_ids=tuple(prompt.tolist()),
+            outputs=tuple(answer.completion(i, spell) for i, answer in enumerate(answers)),
+            num_cached_tokens=0,
+            metrics=metrics,
+            steps=tuple(record for answer in answers for record in answer.records),
+            prompt_logprobs=answers[0].prompt_logprobs(len(prompt), spell),
         )
+
+    def _spell(self, token_id: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def _spec(self, where: Place, device: Literal["cpu", "cuda"]) -> WorkerSpec:
         config = self._config
@@ -255,34 +290,6 @@ class Coordinator:
             ranks_on_host=where.ranks_on_host,
             gpu_memory_utilization=config.gpu_memory_utilization,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        )
-
-    def _size_pool(self, infos: list[WorkerInfo], places: list[Place]) -> ClusterInfo:
-        """Give every rank as many pages as one sequence of max_model_len needs, if they fit."""
-        config, num_ranks = self._config, len(infos)
-        page_bytes = infos[0].kv_bytes_per_token * config.page_tokens
-        pages_that_fit = min(info.kv_memory_bytes for info in infos) // page_bytes
-        wanted_len = config.max_model_len or self._model.max_position_embeddings
-        # A zigzag share is at most two tokens over even, decode at most one block.
-        slack = config.decode_block_tokens + 2
-        wanted_pages = -(-(-(-wanted_len // num_ranks) + slack) // config.page_tokens)
-        fitting_len = (pages_that_fit * config.page_tokens - slack) * num_ranks
-        if fitting_len < (config.max_model_len or 2):
-            raise PlacementError(
-                f"max_model_len {wanted_len} needs {wanted_pages * page_bytes / 2**30:.3g} GiB of"
-                f" KV pages on each of {num_ranks} ranks, but"
-                f" {pages_that_fit * page_bytes / 2**30:.3g} GiB are free: lower max_model_len (at"
-                f" most {max(0, fitting_len)} fit) or use more ranks"
-            )
-        num_pages = min(wanted_pages, pages_that_fit)
-        return ClusterInfo(
-            model=config.model,
-            num_ranks=num_ranks,
-            hosts=tuple(where.host for where in places),
-            workers=tuple(infos),
-            max_model_len=min(wanted_len, fitting_len),
-            kv_capacity_tokens=num_pages * config.page_tokens * num_ranks,
-            has_tokenizer=self._tokenizer is not None,
         )
 
 

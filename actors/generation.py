@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from actors.messages import DecodePlan, Draw, Plan, PrefillPlan, TokenIds
+from actors.detokenizer import AnswerText
+from actors.draws import BadWords, make_draw
+from actors.messages import DecodePlan, Plan, PrefillPlan, TokenIds
 from attention import Zigzag
 from models.sampling import SamplingParams
 
@@ -26,18 +28,25 @@ class Generation:
         max_model_len: int,
         decode_block_tokens: int,
         burst_steps: int,
+        bad_words: BadWords = (),
+        text: AnswerText | None = None,
+        wants_prompt_logprobs: bool = True,
     ) -> None:
-        """Take a prompt that fits; the answer is cut at ``max_model_len`` tokens in all."""
+        """Take a prompt that fits; the answer is cut at ``max_model_len`` tokens in all.
+
+        ``text`` takes the answer's tokens, and ends it at a stop text.
+        """
         self.sequence_id = sequence_id
         self.token_ids: list[int] = []
         self.finish_reason: Literal["stop", "length"] | None = None
+        self.stop_reason: int | str | None = None
         self._prompt = prompt
         self._max_tokens = min(params.max_tokens, max_model_len - len(prompt))
-        self._draw = Draw(
-            temperature=params.temperature,
-            seed=seed,
-            stop_ids=() if params.ignore_eos else eos_ids,
-        )
+        self._draw = make_draw(params, seed, eos_ids, bad_words)
+        self._eos_ids = () if params.ignore_eos else eos_ids
+        self._prompt_logprobs = params.prompt_logprobs if wants_prompt_logprobs else None
+        self._text = text
+        self._text_has_stop_token = params.include_stop_str_in_output
         self._num_ranks = num_ranks
         self._decode_block_tokens = decode_block_tokens
         self._burst_steps = burst_steps
@@ -58,6 +67,7 @@ class Generation:
                 algorithm="pass_kv",
                 draw=self._draw,
                 sampling_rank=zigzag.last_token_rank,
+                prompt_logprobs=self._prompt_logprobs,
                 release=release,
             )
         steps = min(self._burst_steps, self._max_tokens - len(self.token_ids))
@@ -74,22 +84,34 @@ class Generation:
         )
 
     def advance(self, token_ids: tuple[int, ...]) -> None:
-        """Take the tokens that a plan sampled."""
-        self.token_ids += token_ids
-        if token_ids[-1] in self._draw.stop_ids:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) >= self._max_tokens:
-            self.finish_reason = "length"
+        """Take the tokens that a plan sampled; those beyond a stop text are dropped."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            self._check_end(token_id)
+            if self.finish_reason is not None:
+                return
 
     @property
     def cached_tokens(self) -> int:
         """Tokens whose KV the ranks hold: all but the last one sampled."""
         return len(self._prompt) + len(self.token_ids) - 1 if self.token_ids else 0
 
-    @property
-    def text_ids(self) -> list[int]:
-        """The answer's tokens without the stop id that ended it, which is no part of its text."""
-        return self.token_ids[:-1] if self.finish_reason == "stop" else self.token_ids
+    def _check_end(self, token_id: int) -> None:
+        is_stop = token_id in self._draw.stop_ids
+        found = None
+        if self._text is not None and (not is_stop or self._text_has_stop_token):
+            found = self._text.push(token_id)
+        if is_stop or found is not None:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self._max_tokens:
+            self.finish_reason = "length"
+        if found is not None:
+            self.stop_reason = found
+            return
+        if is_stop and token_id not in self._eos_ids:
+            self.stop_reason = token_id
+        if self.finish_reason is not None and self._text is not None:
+            self._text.finish()
 
     def _take_owner(self, step: int) -> int:
         """The rank that keeps the KV of a burst's step.

@@ -9,6 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from models.draw import Filters
+from models.logits import LogitRules
+from models.logprobs import TokenLogprobs
 from models.sampling import SamplingParams
 
 TokenIds = npt.NDArray[np.int32]
@@ -48,16 +51,22 @@ class WorkerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What the sampling rank needs to choose tokens of one sequence."""
+    """What the sampling rank needs to choose tokens of one sequence; what is not used is None."""
 
     temperature: float
     seed: int
     stop_ids: tuple[int, ...]
+    filters: Filters | None = None
+    rules: LogitRules | None = None
+    logprobs: int | None = None  # so many of the likeliest are told with each token; -1: all
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillPlan:
-    """One step: compute a prompt's new tokens on all ranks and sample one token."""
+    """One step: compute a prompt's new tokens on all ranks and sample one token.
+
+    An answer that was interrupted goes on with a plan of the prompt and its tokens.
+    """
 
     number: int
     sequence_id: int
@@ -65,6 +74,8 @@ class PrefillPlan:
     algorithm: Algorithm
     draw: Draw
     sampling_rank: int
+    answer_tokens: int = 0  # so many of token_ids, the last ones, are the answer's so far
+    prompt_logprobs: int | None = None  # as `Draw.logprobs`, of all token_ids but the first
     release: tuple[int, ...] = ()  # sequences whose pages are given back first
 
 
@@ -95,6 +106,8 @@ class StepResult:
     token_ids: tuple[int, ...]
     wall_s: float
     parts_s: dict[str, float]
+    logprobs: TokenLogprobs | None = None  # of the sampled tokens, from the sampling rank
+    prompt_logprobs: TokenLogprobs | None = None  # of the tokens that follow this rank's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +164,28 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Logprob:
+    """How likely a token was, by the model alone: no sampling parameter has changed it."""
+
+    logprob: float
+    rank: int  # 1 is the likeliest token
+    decoded_token: str | None  # None where the checkpoint has no tokenizer
+
+
+Logprobs = dict[int, Logprob]  # of one place: its own token first, then the likeliest
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompletionOutput:
     """One answer. ``text`` is empty where the checkpoint has no tokenizer."""
 
     index: int
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # with the one that ended the answer
     finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None = None  # the stop token or text; None for EOS and "length"
+    logprobs: tuple[Logprobs, ...] | None = None  # of each of token_ids, where asked for
+    cumulative_logprob: float | None = None  # of token_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +208,7 @@ class RequestOutput:
     num_cached_tokens: int
     metrics: RequestMetrics
     steps: tuple[StepRecord, ...]
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None  # None for the first token
 
     def explain(self) -> str:
         """Return what was chosen and measured, step by step."""

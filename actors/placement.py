@@ -65,9 +65,7 @@ def number_ranks(shares: Sequence[int], bundle_hosts: Sequence[Host]) -> list[Pl
     Ray's bundle order follows neither node order nor anything stable, so bundles
     are ordered by host name, then by node id.
     """
-    order = sorted(
-        range(len(shares)), key=lambda b: (bundle_hosts[b].name, bundle_hosts[b].node_id)
-    )
+    order = _by_name(bundle_hosts)
     bundles = [bundle for bundle in order for _ in range(shares[bundle])]
     return [
         Place(
@@ -78,6 +76,22 @@ def number_ranks(shares: Sequence[int], bundle_hosts: Sequence[Host]) -> list[Pl
         )
         for rank, bundle in enumerate(bundles)
     ]
+
+
+def settle_shares(shares: Sequence[int], bundle_hosts: Sequence[Host]) -> list[int]:
+    """Give the larger shares to the hosts that come first by name.
+
+    For bundles that are alike, as on CPU: which of them Ray put on which host is
+    chance, and must not decide how many ranks the host has.
+    """
+    settled = [0] * len(shares)
+    for bundle, share in zip(_by_name(bundle_hosts), sorted(shares, reverse=True), strict=True):
+        settled[bundle] = share
+    return settled
+
+
+def _by_name(hosts: Sequence[Host]) -> list[int]:
+    return sorted(range(len(hosts)), key=lambda i: (hosts[i].name, hosts[i].node_id))
 
 
 def alive_hosts() -> list[Host]:
@@ -116,4 +130,7 @@ def place(
         )
     node_ids = placement_group_table(group)["bundles_to_node_id"]
     by_id = {host.node_id: host for host in hosts}
-    return group, number_ranks(shares, [by_id[node_ids[b]] for b in range(len(shares))])
+    bundle_hosts = [by_id[node_ids[bundle]] for bundle in range(len(shares))]
+    if device == "cpu":
+        shares = settle_shares(shares, bundle_hosts)
+    return group, number_ranks(shares, bundle_hosts)

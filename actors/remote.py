@@ -36,3 +36,8 @@ def create_worker(spec: WorkerSpec, group: PlacementGroup, where: Place) -> Any:
         **threads,
     )(GPUWorker)
     return actor.remote(spec)
+
+
+def create_plain(kind: type, *arguments: Any) -> Any:
+    """Start a process with one object of a class that is no part of a cluster, as benchmarks do."""
+    return ray.remote(num_cpus=0, max_restarts=0)(kind).remote(*arguments)

@@ -14,16 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.device_memory import available_kv_bytes
-from actors.messages import DecodePlan, Draw, Plan, PrefillPlan, StepResult, WorkerInfo, WorkerSpec
+from actors.errors import PlacementError
+from actors.messages import DecodePlan, Plan, PrefillPlan, StepResult, WorkerInfo, WorkerSpec
+from actors.sampler import Sampler
 from attention import PassKVAttention, Ring, Zigzag
 from attention.ring import connect_ring
 from attention.timing import PartTimer
 from models.config import read_model_config
 from models.decoder import Decoder
-from models.errors import CheckpointError
 from models.layer_attention import DecodeAttention, PrefillAttention
+from models.logprobs import TokenLogprobs, logprobs_in_pieces
 from models.page_pool import PagePool
-from models.sampling import sample
 from models.weights import load_weights, weights_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,13 +45,14 @@ class GPUWorker:
         self._decoder: Decoder
         self._pool: PagePool
         self._ring: Ring
+        self._sampler: Sampler
 
     def load(self) -> WorkerInfo:
         """Read the checkpoint onto this rank's device.
 
         Raises:
-            CheckpointError: It is missing, damaged or not supported, or CUDA is
-                asked for and torch sees no device.
+            CheckpointError: It is missing, damaged or not supported.
+            PlacementError: CUDA is asked for and torch sees no device.
         """
         start_s = time.perf_counter()
         spec, directory = self._spec, Path(self._spec.checkpoint)
@@ -60,6 +62,7 @@ class GPUWorker:
         dtype = config.dtype if spec.dtype == "auto" else DTYPES[spec.dtype]
         weights = load_weights(directory, config, device=self._device, dtype=dtype)
         self._decoder = Decoder(config, weights)
+        self._sampler = Sampler(config.vocab_size, self._device)
         return WorkerInfo(
             rank=spec.rank,
             pid=os.getpid(),
@@ -121,8 +124,10 @@ class GPUWorker:
         start_s, timer = time.perf_counter(), PartTimer(self._device)
         for sequence_id in plan.release:
             self._pool.release(sequence_id)
+            self._sampler.release(sequence_id)
+        prompt_logprobs: TokenLogprobs | None = None
         if isinstance(plan, PrefillPlan):
-            token_ids = self._prefill(plan, timer)
+            token_ids, prompt_logprobs = self._prefill(plan, timer)
         else:
             token_ids = self._decode(plan, timer)
         return StepResult(
@@ -131,6 +136,8 @@ class GPUWorker:
             token_ids=token_ids,
             parts_s=timer.seconds(),
             wall_s=time.perf_counter() - start_s,
+            logprobs=self._sampler.take_logprobs(),
+            prompt_logprobs=prompt_logprobs,
         )
 
     def progress(self) -> float:
@@ -141,7 +148,9 @@ class GPUWorker:
         """Say that this rank is alive."""
         return self._spec.rank
 
-    def _prefill(self, plan: PrefillPlan, timer: PartTimer) -> tuple[int, ...]:
+    def _prefill(
+        self, plan: PrefillPlan, timer: PartTimer
+    ) -> tuple[tuple[int, ...], TokenLogprobs | None]:
         ring = self._ring
         zigzag = Zigzag(num_tokens=len(plan.token_ids), num_ranks=ring.size)
         indices_T = zigzag.indices(ring.rank)
@@ -149,15 +158,40 @@ class GPUWorker:
         self._pool.grow(plan.sequence_id, len(ids_T))
         self._rounds_done, self._rounds = 0, self._decoder.config.num_layers * ring.size
         around_ring = PassKVAttention(zigzag, ring, timer, on_round=self._count_round)
+        samples = ring.rank == plan.sampling_rank
+        last_row = [len(ids_T) - 1] if samples else []
         hidden_TE = self._decoder.forward(
             ids_T,
             zigzag.positions(ring.rank).to(self._device),
             PrefillAttention(plan.sequence_id, self._pool, around_ring, timer),
             timer,
-            keep_rows=[len(ids_T) - 1] if ring.rank == plan.sampling_rank else [],
+            keep_rows=last_row if plan.prompt_logprobs is None else None,
         )
-        token_id, _ = self._choose(hidden_TE, plan.draw, 0, plan.sampling_rank, timer)
-        return (token_id,)
+        prompt_logprobs = None
+        if plan.prompt_logprobs is not None:
+            prompt_logprobs = self._prompt_logprobs(hidden_TE, indices_T, plan, timer)
+            hidden_TE = hidden_TE[last_row]
+        if samples:
+            self._sampler.begin(plan)
+        token_id, _ = self._choose(hidden_TE, plan, plan.answer_tokens, timer)
+        return (token_id,), prompt_logprobs
+
+    def _prompt_logprobs(
+        self, hidden_TE: Tensor, indices_T: Tensor, plan: PrefillPlan, timer: PartTimer
+    ) -> TokenLogprobs:
+        """Return the log-probabilities of the tokens that follow this rank's own in the prompt."""
+        assert plan.prompt_logprobs is not None
+        next_T = torch.from_numpy(plan.token_ids).long()[1:]
+        # Nothing follows the last token.
+        before_next_R = indices_T[indices_T < len(next_T)]
+        with timer("sample"):
+            return logprobs_in_pieces(
+                self._decoder.logits,
+                hidden_TE[: len(before_next_R)],
+                next_T[before_next_R].to(self._device),
+                plan.prompt_logprobs,
+                self._decoder.config.vocab_size,
+            )
 
     def _decode(self, plan: DecodePlan, timer: PartTimer) -> tuple[int, ...]:
         token_id, token_ids = plan.token_id, []
@@ -171,30 +205,25 @@ class GPUWorker:
                 DecodeAttention(plan.sequence_id, self._pool, self._ring, timer, keeps_kv=keeps_kv),
                 timer,
             )
-            token_id, stop = self._choose(
-                hidden_1E, plan.draw, plan.index + step, plan.sampling_rank, timer
-            )
+            token_id, stop = self._choose(hidden_1E, plan, plan.index + step, timer)
             token_ids.append(token_id)
             if stop:
                 break
         return tuple(token_ids)
 
     def _choose(
-        self, hidden_1E: Tensor, draw: Draw, index: int, sampling_rank: int, timer: PartTimer
+        self, hidden_1E: Tensor, plan: Plan, index: int, timer: PartTimer
     ) -> tuple[int, bool]:
         """Sample on the sampling rank; tell all ranks the token and whether it ends the answer."""
         choice = torch.zeros(2, dtype=torch.int64)
-        if self._ring.rank == sampling_rank:
+        if self._ring.rank == plan.sampling_rank:
             with timer("sample"):
                 logits_V = self._decoder.logits(hidden_1E)[0]
-                token_id = sample(
-                    logits_V, temperature=draw.temperature, seed=draw.seed, index=index
-                )
-                choice = torch.tensor([token_id, token_id in draw.stop_ids])
+                choice = torch.tensor(self._sampler.choose(logits_V, plan, index))
         if self._ring.size > 1:
             with timer("wait"):
                 choice = choice.to(self._device)
-                self._ring.broadcast(choice, sampling_rank)
+                self._ring.broadcast(choice, plan.sampling_rank)
         token_id, stop = choice.tolist()
         return token_id, bool(stop)
 
@@ -205,7 +234,7 @@ class GPUWorker:
         if self._spec.device == "cpu":
             return torch.device("cpu")
         if not torch.cuda.is_available():
-            raise CheckpointError(
+            raise PlacementError(
                 f"rank {self._spec.rank} was given a GPU by Ray, but torch {torch.__version__} sees"
                 " none there: install a CUDA build of torch, or pass --device cpu"
             )

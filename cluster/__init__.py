@@ -1,7 +1,7 @@
 """What a user touches: the `LLM` handle and its parameters, results and errors."""
 
 from actors.errors import ClusterError, PlacementError, RankLost, RayUnreachable, StepFailed
-from actors.messages import CompletionOutput, RequestOutput, StepRecord
+from actors.messages import CompletionOutput, Logprob, RequestOutput, StepRecord
 from cluster.llm import LLM
 from configs import ConfigError
 from models.errors import CheckpointError, PromptError, RingspanError, SamplingError
@@ -13,6 +13,7 @@ __all__ = [
     "ClusterError",
     "CompletionOutput",
     "ConfigError",
+    "Logprob",
     "PlacementError",
     "PromptError",
     "RankLost",

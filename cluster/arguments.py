@@ -1,9 +1,11 @@
 """Flags that several commands share: of the cluster, and of sampling."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+from models.errors import SamplingError
 from models.sampling import SamplingParams
 
 # Flag names are configuration keys with dashes for underscores.
@@ -34,13 +36,35 @@ def cluster_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"config_file": options.config, "overrides": options.overrides, **given}
 
 
+# Flag names are fields of SamplingParams with dashes for underscores.
+SAMPLING_FLAGS: dict[str, dict[str, Any]] = {
+    "--max-tokens": {"type": int, "default": 128, "help": "of the answer (128)"},
+    "--min-tokens": {"type": int, "help": "before EOS or what else stops the answer (0)"},
+    "--temperature": {"type": float, "default": 0.0, "help": "0 is greedy (0)"},
+    "--top-p": {"type": float, "help": "only the likeliest of this probability together (1)"},
+    "--top-k": {"type": int, "help": "only the k likeliest tokens (0: all)"},
+    "--min-p": {"type": float, "help": "only tokens with this share of the best one's chance (0)"},
+    "--seed": {"type": int, "help": "the same seed draws the same tokens"},
+    "--n": {"type": int, "help": "answers of each prompt (1)"},
+    "--presence-penalty": {"type": float, "help": "-2 to 2, against tokens of the answer (0)"},
+    "--frequency-penalty": {"type": float, "help": "-2 to 2, times how often they came (0)"},
+    "--repetition-penalty": {"type": float, "help": "> 1: against tokens of prompt and answer (1)"},
+    "--logit-bias": {"metavar": "ID=BIAS,...", "help": "added to logits; or a JSON object"},
+    "--bad-words": {"action": "append", "metavar": "TEXT", "help": "barred; may be repeated"},
+    "--stop": {"action": "append", "metavar": "TEXT", "help": "ends the answer; may be repeated"},
+    "--stop-token-ids": {"metavar": "1,2,3", "help": "end the answer"},
+    "--include-stop-str-in-output": {"action": "store_true", "help": "keep what ended the answer"},
+    "--ignore-eos": {"action": "store_true", "help": "go on to --max-tokens"},
+    "--logprobs": {"type": int, "help": "of so many likeliest tokens at each place (see --json)"},
+    "--prompt-logprobs": {"type": int, "help": "the same for the prompt's tokens"},
+}
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `SamplingParams`."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=128, help="of the answer (128)")
-    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    group.add_argument("--seed", type=int, help="the same seed draws the same tokens")
-    group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    for name, settings in SAMPLING_FLAGS.items():
+        group.add_argument(name, **settings)
 
 
 def sampling_params(options: argparse.Namespace) -> SamplingParams:
@@ -49,12 +73,34 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     Raises:
         SamplingError: A value outside its range.
     """
-    return SamplingParams(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        ignore_eos=options.ignore_eos,
-    )
+    keys = [name.removeprefix("--").replace("-", "_") for name in SAMPLING_FLAGS]
+    given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    for key, read in {"logit_bias": _read_bias, "stop_token_ids": _read_ids}.items():
+        if key in given:
+            given[key] = read(given[key])
+    return SamplingParams(**given)
+
+
+def _read_bias(text: str) -> object:
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise SamplingError(f"--logit-bias is not JSON: {error}, got {text!r}") from None
+    try:
+        pairs = [pair.split("=") for pair in text.split(",")]
+        return {int(token_id): float(bias) for token_id, bias in pairs}
+    except ValueError:
+        raise SamplingError(
+            f"--logit-bias must be ID=BIAS,... or a JSON object, got {text!r}"
+        ) from None
+
+
+def _read_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise SamplingError(f"--stop-token-ids must be integers, got {text!r}") from None
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.coordinator import ClusterInfo
+from actors.cluster_info import ClusterInfo
 from actors.errors import ClusterError, RayUnreachable
 from actors.remote import create_coordinator
 from configs import Config
@@ -37,7 +37,7 @@ class RunningCluster:
             RayUnreachable: No Ray cluster answers at the address given.
             RingspanError: What `actors.coordinator.Coordinator.start` raises.
         """
-        self._owns_ray = _connect_ray(config.ray.address)
+        self._owns_ray = connect_ray(config.ray.address)
         self._coordinator: Any = None
         try:
             self._coordinator = create_coordinator(config)
@@ -87,7 +87,7 @@ class RunningCluster:
             ray.kill(coordinator)
         if self._owns_ray:
             self._owns_ray = False
-            ray.shutdown()
+            disconnect_ray()
 
     def __enter__(self) -> "RunningCluster":
         return self
@@ -101,7 +101,7 @@ class RunningCluster:
         self.close()
 
 
-def _connect_ray(address: str | None) -> bool:
+def connect_ray(address: str | None) -> bool:
     """Connect this process to Ray; return whether the connection is ours to shut down."""
     if ray.is_initialized():
         return False
@@ -129,6 +129,11 @@ def _connect_ray(address: str | None) -> bool:
             " RAY_AUTH_MODE agree with it?)"
         ) from None
     return True
+
+
+def disconnect_ray() -> None:
+    """End the connection that `connect_ray` made, and the Ray that it started."""
+    ray.shutdown()
 
 
 @contextlib.contextmanager

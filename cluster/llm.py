@@ -76,6 +76,7 @@ class LLM:
 
         Raises:
             PromptError: A prompt is empty, too long or cannot be read.
+            SamplingError: A sampling parameter is not for this model.
             ClusterError: A rank was lost or a step failed.
         """
         single = isinstance(prompts, str | Mapping)

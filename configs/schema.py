@@ -58,6 +58,7 @@ class Config:
     kv_cache_memory_bytes: int | None = None  # per rank; None: what is free
     page_tokens: int = 256
     decode_block_tokens: int = 16  # so many new tokens' KV in a row stay on one rank
+    max_logprobs: int = 20  # that a request may ask for at each token; -1: the whole vocabulary
     threads_per_rank: int = 0  # of torch on CPU; 0: the host's cores divided among its ranks
     ring: RingConfig = field(default_factory=RingConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -80,6 +81,8 @@ class Config:
             _positive("", self, "kv_cache_memory_bytes")
         if self.page_tokens < 256 or self.page_tokens % 256:
             raise ValueError(f"page_tokens must be a multiple of 256, got {self.page_tokens}")
+        if self.max_logprobs < -1:
+            raise ValueError(f"max_logprobs must be >= -1, got {self.max_logprobs}")
         if self.threads_per_rank < 0:
             raise ValueError(f"threads_per_rank must be >= 0, got {self.threads_per_rank}")
 

@@ -39,9 +39,9 @@ class Tokenizer:
             ) from error
         return cls(backend)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return token ids, with the special tokens that the checkpoint adds (often a BOS)."""
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         """Return token ids of a conversation, up to where the assistant's answer begins.

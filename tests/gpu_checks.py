@@ -18,10 +18,11 @@ from actors.device_memory import available_kv_bytes
 from attention import PassKVAttention, Ring, ThreadRanks, Zigzag, attend
 from attention.paged import attend_pages, page_shape, store_rows
 from attention.timing import PartTimer
+from models.draw import Filters, sample
 from models.needle_checkpoint import write_needle_checkpoint
 from models.needle_exam import make_exam
 from models.needle_text import make_demo, question
-from models.sampling import SamplingParams, sample
+from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from tests.checkpoints import write_llama_checkpoint
 from tests.oracle import assert_greedy
@@ -177,10 +178,12 @@ def check_sampling_is_the_cpus(device: torch.device) -> None:
     """A seed draws the same tokens on every device."""
     logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
     for index in range(20):
-        drawn = [
-            sample(x, temperature=0.8, seed=3, index=index) for x in (logits, logits.to(device))
-        ]
-        assert drawn[0] == drawn[1]
+        for filters in (None, Filters(top_k=50, min_p=0.01)):
+            here, there = (
+                sample(x, temperature=0.8, seed=3, index=index, filters=filters)
+                for x in (logits, logits.to(device))
+            )
+            assert here == there
 
 
 def check_memory_is_found(device: torch.device) -> None:

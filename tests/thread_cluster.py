@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.draws import BadWords
 from actors.generation import Generation
 from actors.messages import Plan, StepResult, WorkerSpec
 from actors.worker import GPUWorker
@@ -55,9 +56,24 @@ class ThreadCluster:
         self.ranks.run(bring_up)
 
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams = GREEDY_32, seed: int = 0
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams = GREEDY_32,
+        seed: int = 0,
+        bad_words: BadWords = (),
     ) -> list[int]:
         """Return the answer's token ids; every rank must have seen the same ones."""
+        steps = self.results(prompt, params, seed, bad_words)
+        return [token_id for results in steps for token_id in results[0].token_ids]
+
+    def results(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams = GREEDY_32,
+        seed: int = 0,
+        bad_words: BadWords = (),
+    ) -> list[list[StepResult]]:
+        """Return what every rank made of every plan of an answer."""
         self._sequences += 1
         generation = Generation(
             sequence_id=self._sequences,
@@ -67,15 +83,23 @@ class ThreadCluster:
             eos_ids=self.config.eos_token_ids,
             num_ranks=self.num_ranks,
             max_model_len=self.config.max_position_embeddings,
+            bad_words=bad_words,
             **self._settings,
         )
         release: tuple[int, ...] = (self._sequences - 1,)
+        steps: list[list[StepResult]] = []
         while plan := generation.next_plan(0, release):
-            results = self.execute(plan)
-            assert len({result.token_ids for result in results}) == 1
-            generation.advance(results[0].token_ids)
+            steps.append(self.execute(plan))
+            assert len({result.token_ids for result in steps[-1]}) == 1
+            generation.advance(steps[-1][0].token_ids)
             release = ()
-        return generation.token_ids
+        return steps
+
+    def release(self, sequence_id: int) -> None:
+        """Give back a sequence's pages now."""
+        for worker in self.workers:
+            worker._pool.release(sequence_id)
+            worker._sampler.release(sequence_id)
 
     def predictions(self, token_ids: Sequence[int]) -> list[int]:
         """Return the greedy next token after every token of a prompt, from one prefill."""

@@ -27,11 +27,13 @@ REFUSED = [
     (["{needle}", "--prompt", "hi", "ring.algoritm=x"], "did you mean ring.algorithm"),
     (["{needle}", "--prompt", "hi", "--temperature", "-1"], "temperature must be a number >= 0"),
     (["{needle}", "--prompt", "hi", "--max-tokens", "0"], "max_tokens must be >= 1"),
+    (["{needle}", "--prompt", "hi", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+    (["{needle}", "--prompt", "hi", "--n", "2"], "n must be 1 with temperature 0, got 2"),
+    (["{needle}", "--prompt", "hi", "--logit-bias", "5"], "--logit-bias must be ID=BIAS"),
     (["{needle}", "--prompt-token-ids", "1,b"], "--prompt-token-ids must be integers"),
     (["{needle}", "--prompt-file", "{nowhere}"], "cannot read the prompt file"),
     (["{needle}", "--prompt", "hi", "--config", "{nowhere}"], "cannot read"),
     (["{needle}", "--prompt", "hi", "ray.address=127.0.0.1:9"], "no Ray cluster at 127.0.0.1:9"),
-    (["{needle}", "--prompt", "hi", "ray.address=auto"], "cannot join the Ray cluster at auto"),
 ]
 
 
@@ -122,6 +124,22 @@ def test_demo_exits_with_an_error_if_an_answer_is_wrong(
     monkeypatch.setattr("cluster.demo.question", lambda key: question("pass key of nobody"))
     assert main(["demo", "-cp", "2", "--context-tokens", "2048"]) == 1
     assert "WRONG, expected" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_check_gives_a_verdict(needle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For people a sentence, for programs JSON; a ring of one rank has nothing to compare."""
+    command = ["check", str(needle), "-cp", "2", "--lengths", "5,700", "--max-tokens", "8"]
+    assert main(command) == 0
+    assert "a ring of 2 ranks gives this model's own answers" in capsys.readouterr().out
+
+    assert main([*command, "--json", "max_model_len=600"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["exact"] is True
+    assert [entry["prompt_tokens"] for entry in report["prompts"]] == [5]
+
+    assert main(["check", str(needle), "-cp", "1"]) == 1
+    assert "give -cp 2 or more" in capsys.readouterr().err
 
 
 def test_two_clusters_in_one_plain_script_leave_nothing(needle: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """From prompt to answer: the plans of one request, and when it ends."""
 
+import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.detokenizer import AnswerText, Detokenizer
 from actors.generation import Generation
 from actors.messages import DecodePlan, Plan, PrefillPlan
 from attention import Zigzag
@@ -17,12 +20,12 @@ EOS = 2
 OTHER = 9  # any token that does not stop
 
 
+PARAMS = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
+
+
 def make_generation(prompt_tokens: int = 10, **settings: Any) -> Generation:
-    params = SamplingParams(
-        max_tokens=settings.pop("max_tokens", 40),
-        temperature=settings.pop("temperature", 0.0),
-        ignore_eos=settings.pop("ignore_eos", False),
-    )
+    asked = {name: settings.pop(name) for name in PARAMS & settings.keys()}
+    params = SamplingParams(**{"max_tokens": 40, "temperature": 0.0, **asked})
     return Generation(
         **{
             "sequence_id": 5,
@@ -53,6 +56,10 @@ def answer(generation: Generation, stop_at: int | None = None, stop_id: int = EO
                 break
         generation.advance(tuple(tokens))
     return plans
+
+
+def spell(ids: Sequence[int]) -> str:
+    return "".join(f"{token_id}," for token_id in ids)
 
 
 def bursts(plans: list[Plan]) -> list[int]:
@@ -123,14 +130,70 @@ def test_bursts_are_full_but_for_the_last(
 @pytest.mark.parametrize("stop_at", [0, 1, 7, 16, 17])
 def test_stop_id_ends_the_answer(stop_at: int, stop_id: int) -> None:
     """In the prefill, inside a burst or at its end; it is counted, but is no text."""
-    generation = make_generation()
+    text = AnswerText(Detokenizer(spell))
+    generation = make_generation(text=text)
 
     answer(generation, stop_at, stop_id)
 
     assert generation.finish_reason == "stop"
+    assert generation.stop_reason is None
     assert generation.token_ids == [OTHER] * stop_at + [stop_id]
-    assert generation.text_ids == [OTHER] * stop_at
+    assert text.text == spell([OTHER] * stop_at)
     assert generation.next_plan(99) is None
+
+
+@pytest.mark.parametrize("stop_id", [EOS, OTHER + 1])
+@pytest.mark.parametrize("included", [False, True])
+def test_stop_token_is_the_reason_and_is_text_where_asked_for(stop_id: int, included: bool) -> None:
+    """A stop token that is EOS stops as EOS does, unless EOS is ignored."""
+    for ignore_eos in (False, True):
+        text = AnswerText(Detokenizer(spell))
+        generation = make_generation(
+            text=text,
+            stop_token_ids=[stop_id, 77],
+            include_stop_str_in_output=included,
+            ignore_eos=ignore_eos,
+        )
+
+        answer(generation, 5, stop_id)
+
+        assert generation.finish_reason == "stop"
+        by_eos = stop_id == EOS and not ignore_eos
+        assert generation.stop_reason == (None if by_eos else stop_id)
+        assert text.text == spell([OTHER] * 5 + [stop_id] * included)
+
+
+@pytest.mark.parametrize("burst_steps", [1, 3, 16])
+def test_tokens_beyond_a_stop_text_are_dropped(burst_steps: int) -> None:
+    """The answer is the same whether or not a burst went on; an EOS within it is none."""
+    text = AnswerText(Detokenizer(spell), stop=["9,9,"], min_tokens=3)
+    generation = make_generation(text=text, burst_steps=burst_steps)
+
+    answer(generation, stop_at=4)
+
+    assert generation.token_ids == [OTHER] * 4
+    assert (generation.finish_reason, generation.stop_reason) == ("stop", "9,9,")
+    assert text.text == "9,9,"
+    assert generation.next_plan(99) is None
+
+
+def test_stop_text_within_the_last_allowed_token_is_a_stop() -> None:
+    text = AnswerText(Detokenizer(spell), stop=["9,9,9"])
+    generation = make_generation(text=text, max_tokens=3)
+
+    answer(generation)
+
+    assert (generation.finish_reason, generation.stop_reason) == ("stop", "9,9,9")
+    assert text.text == ""
+
+
+def test_prompt_logprobs_are_asked_of_the_prefill() -> None:
+    """Of several answers the first has them."""
+    for wanted in (True, False):
+        generation = make_generation(prompt_logprobs=3, wants_prompt_logprobs=wanted)
+        plan = generation.next_plan(0)
+        assert isinstance(plan, PrefillPlan)
+        assert plan.prompt_logprobs == (3 if wanted else None)
 
 
 def test_stop_id_as_the_last_allowed_token_is_a_stop() -> None:
@@ -151,7 +214,7 @@ def test_stop_ids_may_be_ignored() -> None:
     assert plans[0].draw.stop_ids == ()
     assert generation.finish_reason == "length"
     assert len(generation.token_ids) == 12
-    assert generation.text_ids == generation.token_ids
+    assert generation.stop_reason is None
 
 
 @pytest.mark.parametrize(("prompt_tokens", "expected"), [(10, 10), (18, 2), (19, 1)])

@@ -6,7 +6,14 @@ from typing import Any, Literal
 import pytest
 
 from actors.errors import PlacementError
-from actors.placement import HOST_LABEL, Host, alive_hosts, number_ranks, share_out
+from actors.placement import (
+    HOST_LABEL,
+    Host,
+    alive_hosts,
+    number_ranks,
+    settle_shares,
+    share_out,
+)
 
 
 def hosts(*gpus: int) -> list[Host]:
@@ -96,6 +103,16 @@ def test_numbering_does_not_depend_on_the_order_of_bundles(order: tuple[int, ...
     assert [(place.rank, place.host) for place in places] == expected
     # The bundle of each is still the one on that host.
     assert [nodes[order[place.bundle]].name for place in places] == [host for _, host in expected]
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
+def test_alike_bundles_get_their_shares_by_name(order: tuple[int, ...]) -> None:
+    """Three hosts for five CPU ranks: which host has one rank only is no matter of chance."""
+    nodes = hosts(0, 0, 0)
+
+    settled = settle_shares([2, 1, 2], [nodes[i] for i in order])
+
+    assert [settled[order.index(i)] for i in range(3)] == [2, 2, 1]
 
 
 def test_hosts_of_one_name_are_ordered_by_node() -> None:

@@ -186,6 +186,7 @@ def test_value_that_is_no_choice_is_refused(override: str, choices: str) -> None
         ("page_tokens=0", "page_tokens must be a multiple of 256, got 0"),
         ("page_tokens=-256", "page_tokens must be a multiple of 256, got -256"),
         ("page_tokens=300", "page_tokens must be a multiple of 256, got 300"),
+        ("max_logprobs=-2", "max_logprobs must be >= -1, got -2"),
         ("threads_per_rank=-1", "threads_per_rank must be >= 0, got -1"),
         ("ring.piece_bytes=0", "ring.piece_bytes must be greater than 0 and finite, got 0"),
         ("ring.timeout_s=-1", "ring.timeout_s must be greater than 0 and finite, got -1.0"),

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.draw import Filters, apply_filters, sample
 from models.errors import RingspanError, SamplingError
-from models.sampling import SamplingParams, sample
+from models.sampling import SamplingParams
 
 LOGITS_V = torch.tensor([0.0, 1.0, -2.0, 3.0, 2.5, 0.5, -30.0, 2.0])
 DRAWS = 4000
@@ -149,6 +150,37 @@ def test_high_temperature_tends_to_uniform(temperature: float) -> None:
     assert chi_square(draws(temperature, range(1), range(800)), uniform_V) < 30
 
 
+def kept(logits_V: Tensor, **filters: Any) -> list[int]:
+    """Return the tokens that a filter leaves in."""
+    filtered_V = apply_filters(logits_V.double() - logits_V.max(), Filters(**filters))
+    return (~filtered_V.isneginf()).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 1}, [0]),
+        ({"top_k": 2}, [0, 1, 2]),  # as likely as the second: kept, as in vLLM
+        ({"top_k": 4}, [0, 1, 2, 3]),
+        ({"top_p": 0.3}, [0]),
+        ({"top_p": 1e-300}, [0]),
+        ({"top_p": 0.6}, [0, 2]),  # of equals the last ids are taken first
+        ({"min_p": 0.49}, [0, 1, 2]),
+        ({"min_p": 0.51}, [0]),
+        ({"min_p": 1.0}, [0]),
+        ({"top_k": 1, "top_p": 0.99}, [0]),
+        ({"min_p": 0.4, "top_p": 0.8}, [0, 1, 2]),  # of what min_p left in
+    ],
+    ids=str,
+)
+def test_filters_at_their_edges(filters: dict[str, Any], expected: list[int]) -> None:
+    """Equals, filters that leave in one token or all, and one filter after another."""
+    probabilities_V = torch.tensor([0.4, 0.2, 0.2, 0.1], dtype=torch.float64)
+
+    assert kept(probabilities_V.log(), **filters) == expected
+
+
 def test_defaults_are_those_of_vllm() -> None:
     """A caller who moves here gets what they had."""
     params = SamplingParams()
@@ -157,10 +189,36 @@ def test_defaults_are_those_of_vllm() -> None:
     assert params.temperature == 1.0
     assert params.seed is None
     assert params.ignore_eos is False
+    assert (params.n, params.top_k, params.top_p, params.min_p) == (1, 0, 1.0, 0.0)
+    assert (params.presence_penalty, params.frequency_penalty) == (0.0, 0.0)
+    assert params.repetition_penalty == 1.0
+    assert (params.stop, params.stop_token_ids, params.bad_words) == ((), (), ())
+    assert params.logit_bias == {}
+    assert params.include_stop_str_in_output is False
+    assert params.skip_special_tokens is True
+    assert params.min_tokens == 0
+    assert params.logprobs is params.prompt_logprobs is None
 
 
 @pytest.mark.parametrize(
-    "right", [{"max_tokens": 1}, {"temperature": 0}, {"temperature": 2}, {"seed": None}]
+    "right",
+    [
+        {"max_tokens": 1},
+        {"temperature": 0},
+        {"temperature": 2},
+        {"seed": None},
+        {"n": 3},
+        {"n": 1, "temperature": 0},
+        {"top_k": -1},
+        {"top_p": 1},
+        {"top_p": 1e-9},
+        {"min_p": 1},
+        {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1e-3},
+        {"min_tokens": 16},
+        {"logprobs": 0, "prompt_logprobs": -1},
+        {"logit_bias": None, "stop": None, "stop_token_ids": None, "bad_words": None},
+    ],
+    ids=str,
 )
 def test_edges_of_the_ranges_are_allowed(right: dict[str, Any]) -> None:
     """An integer is a number too: JSON has 0 for 0.0."""
@@ -189,6 +247,35 @@ def test_edges_of_the_ranges_are_allowed(right: dict[str, Any]) -> None:
         ("ignore_eos", 1, "ignore_eos must be true or false, got 1"),
         ("ignore_eos", "true", "ignore_eos must be true or false, got 'true'"),
         ("ignore_eos", None, "ignore_eos must be true or false, got None"),
+        ("n", 0, "n must be >= 1, got 0"),
+        ("n", 1.0, r"n must be an integer, got 1\.0"),
+        ("top_k", -2, "top_k must be >= 1, or 0 or -1 for all tokens, got -2"),
+        ("top_k", 1.5, r"top_k must be an integer, got 1\.5"),
+        ("top_p", 0.0, r"top_p must be in \(0, 1\], got 0\.0"),
+        ("top_p", 1.01, r"top_p must be in \(0, 1\], got 1\.01"),
+        ("top_p", math.nan, r"top_p must be in \(0, 1\], got nan"),
+        ("min_p", -0.1, r"min_p must be in \[0, 1\], got -0\.1"),
+        ("presence_penalty", 2.1, r"presence_penalty must be in \[-2, 2\], got 2\.1"),
+        ("frequency_penalty", -3, r"frequency_penalty must be in \[-2, 2\], got -3"),
+        ("repetition_penalty", 0, r"repetition_penalty must be a number > 0 \(1 is none\), got 0"),
+        ("repetition_penalty", math.inf, "repetition_penalty must be a number > 0 .* got inf"),
+        ("min_tokens", -1, "min_tokens must be >= 0, got -1"),
+        ("min_tokens", 17, "min_tokens must be at most max_tokens, got 17 and 16"),
+        ("logprobs", -2, "logprobs must be >= 0, or -1 for the whole vocabulary, got -2"),
+        ("logprobs", True, "logprobs must be an integer or None, got True"),
+        ("prompt_logprobs", "1", "prompt_logprobs must be an integer or None, got '1'"),
+        ("stop", "", "stop must be a text or a list of texts, none of them empty, got ''"),
+        ("stop", ["a", ""], r"stop must be a text or .* got \['a', ''\]"),
+        ("stop", 5, "stop must be a text or a list of texts, none of them empty, got 5"),
+        ("bad_words", [5], r"bad_words must be a text or .* got \[5\]"),
+        ("stop_token_ids", 5, "stop_token_ids must be a list of integers, got 5"),
+        ("stop_token_ids", [1, "2"], "stop_token_ids must be a list of integers, got "),
+        ("stop_token_ids", [True], r"stop_token_ids must be a list of integers, got \[True\]"),
+        ("logit_bias", [1], "logit_bias must be a mapping of token ids to finite numbers, got "),
+        ("logit_bias", {"a": 1}, "logit_bias must be a mapping .* got {'a': 1}"),
+        ("logit_bias", {1: "2"}, "logit_bias must be a mapping .* got {1: '2'}"),
+        ("logit_bias", {1: math.inf}, "logit_bias must be a mapping .* got {1: inf}"),
+        ("skip_special_tokens", 0, "skip_special_tokens must be true or false, got 0"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -199,10 +286,29 @@ def test_wrong_parameters_are_refused(name: str, value: object, message: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_greedy_answers_would_be_the_same() -> None:
+    """As in vLLM; who asks for several by mistake should know."""
+    with pytest.raises(SamplingError, match=r"^n must be 1 with temperature 0, got 2: "):
+        SamplingParams(n=2, temperature=0)
+
+
+def test_lists_are_kept_as_tuples_without_doubles() -> None:
+    """One text is a list of one; ids of a JSON object are strings."""
+    bias: dict[Any, float] = {"7": 1, 8: -2}
+    params = SamplingParams(
+        stop="end", bad_words=["a", "b", "a"], stop_token_ids=(3, 1, 3), logit_bias=bias
+    )
+
+    assert params.stop == ("end",)
+    assert params.bad_words == ("a", "b")
+    assert params.stop_token_ids == (3, 1)
+    assert params.logit_bias == {7: 1.0, 8: -2.0}
+
+
 def test_unknown_parameter_is_refused() -> None:
     """A parameter that we do not have must not be ignored."""
-    with pytest.raises(TypeError, match="top_p"):
-        SamplingParams(top_p=0.9)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
 
 
 def test_sampling_error_is_a_value_error_and_one_of_ours() -> None:

@@ -1,0 +1,180 @@
+"""``ringspan check``: whether the ring gives a model's own answers on this machine.
+
+The model runs on one rank, then on the ring, over the same prompts: random
+tokens of several lengths, in which passages come back far from where they first
+stood, so that a right next token depends on keys of other ranks. Tokens and
+log-probabilities are compared step by step.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.messages import CompletionOutput, RequestOutput
+from cluster.arguments import add_cluster_flags, cluster_options
+from cluster.llm import LLM
+from configs import load
+from models.config import read_model_config
+from models.errors import PromptError
+from models.sampling import SamplingParams
+
+LENGTHS = (1, 2, 5, 63, 1000, 4097)
+PASSAGE_TOKENS = 24
+TOP = 10  # log-probabilities compared at every step
+# How far apart log-probabilities of the same sum in another order may be.
+TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt on one rank and on the ring."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    equal_tokens: int  # before the first difference
+    gap: float  # between the best two at the first difference, by one rank; 0 where none
+    logprob_error: float  # largest difference of a log-probability up to there
+
+    def is_right(self, tolerance: float) -> bool:
+        """Say whether only the order of summation tells the two apart."""
+        tied = self.equal_tokens == self.answer_tokens or self.gap <= tolerance
+        return tied and self.logprob_error <= tolerance
+
+
+def add_command(commands: Any) -> None:
+    """Add ``check`` to the command line."""
+    parser = commands.add_parser("check", help="compare the ring with one rank on your own model")
+    parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face checkpoint")
+    parser.add_argument(
+        "--lengths", default=",".join(map(str, LENGTHS)), help="of the prompts, in tokens"
+    )
+    parser.add_argument("--max-tokens", type=int, default=32, help="of each answer (32)")
+    parser.add_argument("--seed", type=int, default=0, help="other prompts for another seed")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_cluster_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare, print a verdict; return 0 only if the ring gives the model's own answers."""
+    settings = cluster_options(options)
+    config = load(settings["config_file"], {"model": options.model}, settings["overrides"])
+    num_ranks = settings.pop("context_parallel_size", None) or config.context_parallel_size
+    if num_ranks < 2:
+        raise PromptError("check compares one rank with a ring: give -cp 2 or more")
+    vocab_size = read_model_config(Path(options.model)).vocab_size
+    lengths = _lengths(options.lengths)
+    prompts = [passages(length, vocab_size, options.seed) for length in lengths]
+    params = SamplingParams(
+        max_tokens=options.max_tokens, temperature=0.0, ignore_eos=True, logprobs=TOP
+    )
+    outputs = {}
+    for ranks in (1, num_ranks):
+        _say(options, f"running {len(prompts)} prompts on {ranks} rank{'s'[: ranks > 1]} ...")
+        with LLM(options.model, context_parallel_size=ranks, **settings) as llm:
+            dtype = llm.info.workers[0].dtype
+            fitting = [p for p in prompts if len(p) + options.max_tokens <= llm.info.max_model_len]
+            outputs[ranks] = llm.generate([{"prompt_token_ids": p} for p in fitting], params)
+    # One rank may hold shorter prompts only; they come in order of length.
+    compared = [compare(*pair) for pair in zip(outputs[1], outputs[num_ranks], strict=False)]
+    for left_out in lengths[len(compared) :]:
+        _say(options, f"left out: {left_out} prompt tokens do not fit max_model_len on one rank")
+    return _report(options, compared, num_ranks, dtype)
+
+
+def passages(length: int, vocab_size: int, seed: int) -> list[int]:
+    """Return random tokens in which passages return a half and a whole prompt later.
+
+    The prompt ends within a passage, so that a model that copies has something
+    to copy from far away.
+    """
+    rng = np.random.default_rng([seed, length])
+    ids = rng.integers(0, vocab_size, length)
+    passage = rng.integers(0, vocab_size, PASSAGE_TOKENS)
+    for start in (length // 50, length // 2):
+        room = min(PASSAGE_TOKENS, length - start)
+        ids[start : start + room] = passage[:room]
+    ending = min(PASSAGE_TOKENS // 2, length)
+    ids[length - ending :] = passage[:ending]
+    return [int(token_id) for token_id in ids]
+
+
+def compare(alone: RequestOutput, ring: RequestOutput) -> Comparison:
+    """Compare the two answers to one prompt up to their first different token."""
+    one, other = alone.outputs[0], ring.outputs[0]
+    steps = len(one.token_ids)
+    equal = next((i for i in range(steps) if one.token_ids[i] != other.token_ids[i]), steps)
+    errors = [_error(one, other, step) for step in range(min(equal + 1, steps))]
+    return Comparison(
+        prompt_tokens=len(alone.prompt_token_ids),
+        answer_tokens=steps,
+        equal_tokens=equal,
+        gap=_gap(one, other.token_ids[equal], equal) if equal < steps else 0.0,
+        logprob_error=max(errors),
+    )
+
+
+def _error(one: CompletionOutput, other: CompletionOutput, step: int) -> float:
+    """The largest difference over the tokens that both sides list at a step."""
+    assert one.logprobs is not None
+    assert other.logprobs is not None
+    first, second = one.logprobs[step], other.logprobs[step]
+    return max(abs(first[i].logprob - second[i].logprob) for i in first.keys() & second.keys())
+
+
+def _gap(one: CompletionOutput, chosen: int, step: int) -> float:
+    """How much worse than its own token one rank finds the token that the ring chose."""
+    assert one.logprobs is not None
+    listed = one.logprobs[step]
+    worst = min(entry.logprob for entry in listed.values())
+    best = listed[one.token_ids[step]].logprob
+    return best - (listed[chosen].logprob if chosen in listed else worst - 1.0)
+
+
+def _report(
+    options: argparse.Namespace, compared: Sequence[Comparison], num_ranks: int, dtype: str
+) -> int:
+    tolerance = TOLERANCES[dtype]
+    right = bool(compared) and all(entry.is_right(tolerance) for entry in compared)
+    if options.json:
+        report = {
+            "model": options.model,
+            "num_ranks": num_ranks,
+            "dtype": dtype,
+            "tolerance": tolerance,
+            "exact": right,
+            "prompts": [dataclasses.asdict(entry) for entry in compared],
+        }
+        print(json.dumps(report))
+        return 0 if right else 1
+    print(f"{'prompt':>8} {'equal tokens':>14} {'logprobs differ by':>20}")
+    for entry in compared:
+        note = "" if entry.is_right(tolerance) else "  WRONG"
+        if entry.equal_tokens < entry.answer_tokens:
+            note += f"  (gap of {entry.gap:.1e} at the first difference)"
+        tokens = f"{entry.equal_tokens} of {entry.answer_tokens}"
+        print(f"{entry.prompt_tokens:>8} {tokens:>14} {entry.logprob_error:>20.1e}{note}")
+    verdict = "gives this model's own answers" if right else "does NOT give this model's answers"
+    print(f"{dtype}: a ring of {num_ranks} ranks {verdict} (tolerance {tolerance:g})")
+    return 0 if right else 1
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = sorted(int(word) for word in text.split(","))
+    except ValueError:
+        raise PromptError(f"--lengths must be integers with commas, got {text!r}") from None
+    if lengths[0] < 1:
+        raise PromptError(f"--lengths must be >= 1, got {lengths[0]}")
+    return lengths
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    if not options.json:
+        print(text)

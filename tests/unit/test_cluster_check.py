@@ -1,0 +1,74 @@
+"""What `ringspan check` compares, and when it says that a ring is wrong."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from actors.messages import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from cluster.check import PASSAGE_TOKENS, Comparison, compare, passages
+
+
+def output(token_ids: tuple[int, ...], steps: list[dict[int, float]]) -> RequestOutput:
+    """An answer with these log-probabilities listed at each step."""
+    logprobs = tuple(
+        {
+            token_id: Logprob(logprob=value, rank=1, decoded_token="")
+            for token_id, value in step.items()
+        }
+        for step in steps
+    )
+    completion = CompletionOutput(
+        index=0, text="", token_ids=token_ids, finish_reason="length", logprobs=logprobs
+    )
+    return RequestOutput(
+        request_id="r",
+        prompt=None,
+        prompt_token_ids=(1, 2, 3),
+        outputs=(completion,),
+        num_cached_tokens=0,
+        metrics=RequestMetrics(queue_s=0.0, ttft_s=0.0, total_s=0.0),
+        steps=(),
+    )
+
+
+ALONE = output((7, 8), [{7: -0.1, 9: -3.0}, {8: -0.5, 6: -0.50005}])
+
+
+def test_equal_answers_differ_by_rounding() -> None:
+    ring = output((7, 8), [{7: -0.1001, 9: -3.0}, {8: -0.5, 6: -0.50005}])
+    compared = compare(ALONE, ring)
+    assert compared == Comparison(3, 2, 2, 0.0, pytest.approx(1e-4))  # type: ignore[arg-type]
+    assert compared.is_right(1e-3)
+
+
+def test_another_token_is_right_only_at_a_tie() -> None:
+    """The gap is one rank's own; a token that it does not even list is no tie."""
+    tie = compare(ALONE, output((7, 6), [{7: -0.1}, {6: -0.5, 8: -0.5}]))
+    assert tie.equal_tokens == 1
+    assert tie.gap == pytest.approx(5e-5)
+    assert tie.is_right(1e-3)
+
+    other = compare(ALONE, output((7, 5), [{7: -0.1}, {5: -0.5, 8: -0.5}]))
+    assert not other.is_right(1e-3)
+
+
+def test_equal_tokens_with_other_logprobs_are_wrong() -> None:
+    """A wrong merge moves probabilities before it moves the best token."""
+    assert not compare(ALONE, output((7, 8), [{7: -0.2}, {8: -0.5}])).is_right(1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 63, 1000, 4097])
+def test_passages_return_far_from_where_they_stood(length: int) -> None:
+    ids = passages(length, vocab_size=50_000, seed=0)
+
+    assert len(ids) == length
+    assert ids == passages(length, 50_000, seed=0) != passages(length, 50_000, seed=1)
+    if length >= 10 * PASSAGE_TOKENS:
+        ending = ids[-(PASSAGE_TOKENS // 2) :]
+        for start in (length // 50, length // 2):
+            np.testing.assert_array_equal(ids[start : start + len(ending)], ending)
+
+
+def test_a_comparison_is_json() -> None:
+    assert dataclasses.asdict(compare(ALONE, ALONE))["logprob_error"] == 0.0
