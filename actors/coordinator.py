@@ -38,7 +38,7 @@ from actors.placement import Place, place
 from actors.prompt import prompt_ids
 from actors.ranks import Ranks
 from configs import Config
-from models.config import ModelConfig, read_model_config
+from models.config import ModelConfig, check_max_model_len, read_model_config
 from models.draw import answer_seed
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
@@ -72,6 +72,7 @@ class Coordinator:
         """
         config, directory = self._config, Path(self._config.model)
         self._model = await asyncio.to_thread(read_model_config, directory)
+        check_max_model_len(self._model, config.max_model_len)
         device = _device(config)
         group, places = await asyncio.to_thread(
             place, config.context_parallel_size, device, config.ray.placement_timeout_s

@@ -1,6 +1,9 @@
 """Prefill and decode of a Llama shape with random weights, on one device."""
 
+import json
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -9,9 +12,8 @@ from benchmarks.one_rank import OneRank, new_pool
 from benchmarks.rows import Row
 from benchmarks.shapes import GB, Shape
 from benchmarks.sizes import Sizes
-from models.config import ModelConfig
+from models.config import ModelConfig, read_model_config
 from models.decoder import Decoder
-from models.rope import RopeConfig
 from models.weights import random_weights
 
 DTYPE = torch.bfloat16
@@ -19,7 +21,7 @@ DTYPE = torch.bfloat16
 
 def measure_prefill(sizes: Sizes, device: torch.device, rows: RowWriter) -> None:
     """Time to the first token of random prompts, with where it goes."""
-    decoder = _random_decoder(sizes.shape, device)
+    decoder = random_decoder(sizes.shape, device)
     for num_tokens in sizes.prefill_tokens:
         rows.measure({"tokens": num_tokens}, partial(_prefill, decoder, num_tokens, sizes))
 
@@ -41,7 +43,7 @@ def _prefill(decoder: Decoder, num_tokens: int, sizes: Sizes) -> Row:
 
 def measure_decode(sizes: Sizes, device: torch.device, rows: RowWriter) -> None:
     """Time of a token after a context of random keys and values, at batch 1."""
-    decoder = _random_decoder(sizes.shape, device)
+    decoder = random_decoder(sizes.shape, device)
     for context in sizes.decode_contexts:
         rows.measure({"context": context}, partial(_decode, decoder, context, sizes))
 
@@ -65,19 +67,28 @@ def _decode(decoder: Decoder, context: int, sizes: Sizes) -> Row:
     }
 
 
-def _random_decoder(shape: Shape, device: torch.device) -> Decoder:
-    config = ModelConfig(
-        family="llama",
-        max_position_embeddings=1 << 20,
-        norm_eps=1e-5,
-        rope=RopeConfig(theta=500_000.0),
-        tie_word_embeddings=False,
-        attention_bias=False,
-        attention_out_bias=False,
-        mlp_bias=False,
-        dtype=DTYPE,
-        bos_token_id=None,
-        eos_token_ids=(),
-        **vars(shape),
-    )
+def random_decoder(shape: Shape, device: torch.device) -> Decoder:
+    """Return a Llama of this shape with random weights."""
+    config = model_config(shape)
     return Decoder(config, random_weights(config, device=device, dtype=DTYPE, seed=0))
+
+
+def model_config(shape: Shape) -> ModelConfig:
+    """Return the configuration that a checkpoint of this shape would declare."""
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": 1 << 20,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+        return read_model_config(Path(directory))

@@ -13,7 +13,7 @@ from actors.messages import Request, RequestOutput
 from cluster.launch import RunningCluster
 from cluster.progress import PrefillBar
 from configs import Config, load
-from models.config import read_model_config
+from models.config import check_max_model_len, read_model_config
 from models.errors import PromptError
 from models.sampling import SamplingParams
 
@@ -54,7 +54,8 @@ class LLM:
         # Say what is wrong with a checkpoint here before any process starts; where it lies on
         # the cluster's machines only, the ranks say it.
         if Path(self.config.model).exists() or not self.config.ray.address:
-            read_model_config(Path(self.config.model))
+            model_config = read_model_config(Path(self.config.model))
+            check_max_model_len(model_config, self.config.max_model_len)
         self._numbers = itertools.count()
         self._cluster = RunningCluster(self.config)
         self.info = self._cluster.info

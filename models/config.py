@@ -1,55 +1,49 @@
 """What a Hugging Face checkpoint's config.json says about a decoder, read with its types.
 
-A family is one entry of declared facts in `FAMILIES`. What no entry declares is
-refused in one sentence: a checkpoint that is half understood would be served
-with wrong answers, which nobody notices.
+The facts of its family (`models.families`) say which keys count. What neither
+declares is refused in one sentence: a checkpoint that is half understood would
+be served with wrong answers, which nobody notices.
 """
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
+from models.config_rope import read_rope, read_rotary_dim
 from models.errors import CheckpointError
-from models.rope import ROPE_TYPES, RopeConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Where architectures differ; a bias is a constant, or the key of config.json that says so."""
-
-    name: str
-    qkv_bias: bool | str
-    out_bias: bool | str
-    mlp_bias: bool | str
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(
-        name="llama", qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"
-    ),
-}
+from models.families import ACTIVATIONS, FAMILIES, Family, NormKind
+from models.json_fields import JsonFields, read_json
+from models.rope import RopeConfig
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of one decoder, as its checkpoint declares it."""
+    """The shape of one decoder, as its checkpoint and the facts of its family declare it."""
 
-    family: str
+    architecture: str  # a key of `FAMILIES`
     num_layers: int
     hidden_size: int
     intermediate_size: int
     num_heads: int  # of queries
     num_kv_heads: int  # divides num_heads
-    head_dim: int  # even; num_heads * head_dim need not be hidden_size
+    head_dim: int  # num_heads * head_dim need not be hidden_size
     vocab_size: int
     max_position_embeddings: int  # tokens
+    position_limit: int | None  # tokens; a longer context is answered wrongly. None: none is
+    position_offset: int  # row of position 0 in the table of learned positions
+    norm: NormKind
     norm_eps: float
-    rope: RopeConfig
+    qk_norm: bool  # query and key heads are normed before RoPE
+    activation: str  # of the MLP, a key of `ACTIVATIONS`
+    gated_mlp: bool  # the activation of a gate projection multiplies the up projection
+    parallel_residual: bool  # attention and MLP both read the layer's input
+    rope: RopeConfig | None  # None: positions are learned
+    rotary_dim: int  # dims of a head, the first ones, that RoPE turns; even
     tie_word_embeddings: bool  # the output projection is the embedding
     attention_bias: bool  # of the q, k and v projections
     attention_out_bias: bool
@@ -68,33 +62,59 @@ def read_model_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise no_checkpoint(directory)
-    fields = _Fields(path, read_json(path))
-    family = _family(fields)
-    _refuse_unsupported(fields)
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
-    max_position_embeddings = fields.integer("max_position_embeddings")
+    values = read_json(path)
+    architecture = _architecture(JsonFields(path, values))
+    family = FAMILIES[architecture]
+    fields = JsonFields(path, {**family.defaults, **values})
+    _refuse_unsupported(fields, family)
+    keys = family.keys
+    hidden_size = fields.integer(keys.hidden_size)
+    num_heads, num_kv_heads, head_dim = _heads(fields, family)
+    num_layers, max_positions = fields.integer(keys.num_layers), fields.integer(keys.max_positions)
     bos_token_id, eos_token_ids = _special_tokens(directory, fields)
     return ModelConfig(
-        family=family.name,
-        num_layers=fields.integer("num_hidden_layers"),
+        architecture=architecture,
+        num_layers=num_layers,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=fields.integer(
+            keys.intermediate_size, default=family.mlp_ratio and family.mlp_ratio * hidden_size
+        ),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(fields, hidden_size, num_heads, num_kv_heads),
+        head_dim=head_dim,
         vocab_size=fields.integer("vocab_size"),
-        max_position_embeddings=max_position_embeddings,
-        norm_eps=fields.number("rms_norm_eps"),
-        rope=_rope(fields, max_position_embeddings),
+        max_position_embeddings=max_positions,
+        position_limit=_position_limit(fields, family, num_layers, max_positions),
+        position_offset=family.position_offset,
+        norm=family.norm,
+        norm_eps=_number(fields, family.norm_eps),
+        qk_norm=family.qk_norm,
+        activation=_activation(fields, keys.activation),
+        gated_mlp=family.gated_mlp,
+        parallel_residual=_flag(fields, family.parallel_residual),
+        rope=None if family.learned_positions else read_rope(fields, family, max_positions),
+        rotary_dim=0 if family.learned_positions else read_rotary_dim(fields, family, head_dim),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        attention_bias=_bias(fields, family.qkv_bias),
-        attention_out_bias=_bias(fields, family.out_bias),
-        mlp_bias=_bias(fields, family.mlp_bias),
+        attention_bias=_flag(fields, family.qkv_bias),
+        attention_out_bias=_flag(fields, family.out_bias),
+        mlp_bias=_flag(fields, family.mlp_bias),
         dtype=_dtype(fields),
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
     )
+
+
+def check_max_model_len(config: ModelConfig, max_model_len: int | None) -> None:
+    """Refuse lengths that this model has no right answer for; None stands for its own.
+
+    Raises:
+        CheckpointError: ``max_model_len`` lies beyond ``config.position_limit``.
+    """
+    if max_model_len and config.position_limit and max_model_len > config.position_limit:
+        raise CheckpointError(
+            f"max_model_len is {max_model_len}, but the positions of this checkpoint end, or its"
+            f" sliding window begins to hide tokens, at {config.position_limit}: ask for no more"
+        )
 
 
 def no_checkpoint(directory: Path) -> CheckpointError:
@@ -104,104 +124,109 @@ def no_checkpoint(directory: Path) -> CheckpointError:
     )
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """Read a file that must hold one JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(values).__name__}")
-    return values
-
-
-class _Fields:
-    """The keys of one JSON object; null counts as missing, as it does for transformers."""
-
-    def __init__(self, path: Path, values: dict[str, object]) -> None:
-        self.path = path
-        self.values = {key: value for key, value in values.items() if value is not None}
-
-    def refuse(self, found: str, supported: str) -> NoReturn:
-        """Raise the one sentence about what this file says and what could be served."""
-        raise CheckpointError(f"{self.path} has {found}, supported: {supported}")
-
-    def integer(self, key: str, *, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(f"{key} = {value!r}", "a whole number of at least 1")
-        return value
-
-    def number(self, key: str, *, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e308:
-            self.refuse(f"{key} = {value!r}", "a finite number above 0")
-        return float(value)
-
-    def number_or_none(self, key: str) -> float | None:
-        return self.number(key) if key in self.values else None
-
-    def flag(self, key: str, *, default: bool = False) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            self.refuse(f"{key} = {value!r}", "true or false")
-        return value
-
-    def _value(self, key: str, default: object) -> object:
-        value = self.values.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.path} lacks {key}, which this kind of model needs")
-        return value
-
-
-def _family(fields: _Fields) -> Family:
+def _architecture(fields: JsonFields) -> str:
     architectures = fields.values.get("architectures")
     supported = ", ".join(FAMILIES)
     if not isinstance(architectures, list) or not architectures:
         fields.refuse(f"architectures = {architectures!r}", supported)
-    family = FAMILIES.get(str(architectures[0]))
-    if family is None:
-        fields.refuse(f"architecture {architectures[0]!s}", supported)
-    return family
+    architecture = str(architectures[0])
+    for key in _EXPERTS:
+        if fields.values.get(key, 0) not in (0, 1):
+            found = f"architecture {architecture}, a mixture of experts ({key} ="
+            fields.refuse(f"{found} {fields.values[key]!r})", f"dense models of {supported}")
+    if architecture not in FAMILIES:
+        fields.refuse(f"architecture {architecture}", supported)
+    return architecture
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: JsonFields, family: Family) -> None:
     quantization = fields.values.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         fields.refuse(
             f"a quantization_config ({method or 'of no named method'})",
             "unquantized weights in " + ", ".join(_DTYPES),
         )
-    activation = fields.values.get("hidden_act", "silu")
-    if activation != "silu":
-        fields.refuse(f"hidden_act = {activation!r}", "'silu'")
+    for key, (supported, meaning) in family.fixed.items():
+        if fields.flag(key, default=supported) != supported:
+            fields.refuse(f"{key} = {not supported}", f"{supported} ({meaning})")
+    hidden_size = fields.integer(family.keys.hidden_size)
+    embedding_size = fields.integer("word_embed_proj_dim", default=hidden_size)
+    if embedding_size != hidden_size:
+        fields.refuse(
+            f"word_embed_proj_dim = {embedding_size}, a projection of embeddings to hidden_size ="
+            f" {hidden_size}",
+            "embeddings of the hidden size",
+        )
 
 
-def _head_dim(fields: _Fields, hidden_size: int, num_heads: int, num_kv_heads: int) -> int:
+def _activation(fields: JsonFields, key: str) -> str:
+    name = fields.values.get(key)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        fields.refuse(f"{key} = {name!r}", ", ".join(ACTIVATIONS))
+    return name
+
+
+def _position_limit(
+    fields: JsonFields, family: Family, num_layers: int, max_positions: int
+) -> int | None:
+    """Return where a table of positions ends, or a sliding window begins to hide tokens.
+
+    A window that hides tokens from a context of ``max_positions`` is refused.
+    """
+    if family.learned_positions:
+        return max_positions
+    layer_types = fields.values.get("layer_types")
+    every = "full_attention"
+    if layer_types is not None and layer_types != [every] * num_layers:
+        fields.refuse(f"layer_types = {_short(layer_types)}", f"{every!r} for every layer")
+    counts = family.sliding_window
+    if isinstance(counts, str):
+        first = fields.values.get("max_window_layers")  # layer; those before see all tokens
+        no_layer = layer_types is not None or (isinstance(first, int) and first >= num_layers)
+        counts = fields.flag(counts) and not no_layer
+    if not counts or "sliding_window" not in fields.values:
+        return None
+    window = fields.integer("sliding_window")
+    if window < max_positions:
+        fields.refuse(
+            f"sliding_window = {window}, which max_position_embeddings = {max_positions} outgrows",
+            "attention to all tokens before (sliding_window = null)",
+        )
+    return window
+
+
+def _heads(fields: JsonFields, family: Family) -> tuple[int, int, int]:
+    """Return ``(num_heads, num_kv_heads, head_dim)``."""
+    keys = family.keys
+    hidden_size, num_heads = fields.integer(keys.hidden_size), fields.integer(keys.num_heads)
+    num_kv_heads = num_heads
+    if family.grouped_heads:
+        num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         fields.refuse(
-            f"num_attention_heads = {num_heads} and num_key_value_heads = {num_kv_heads}",
+            f"{keys.num_heads} = {num_heads} and num_key_value_heads = {num_kv_heads}",
             "a number of query heads that the number of kv heads divides",
         )
-    if "head_dim" not in fields.values and hidden_size % num_heads:
+    own_dim = family.grouped_heads and "head_dim" in fields.values
+    if not own_dim and hidden_size % num_heads:
         fields.refuse(
-            f"hidden_size = {hidden_size}, num_attention_heads = {num_heads} and no head_dim",
+            f"{keys.hidden_size} = {hidden_size}, {keys.num_heads} = {num_heads} and no head_dim",
             "a hidden size that the number of heads divides, or an explicit head_dim",
         )
-    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
-    if head_dim % 2:
-        fields.refuse(f"head_dim = {head_dim}", "an even one, since RoPE rotates pairs of dims")
-    return head_dim
+    head_dim = fields.integer("head_dim") if own_dim else hidden_size // num_heads
+    return num_heads, num_kv_heads, head_dim
 
 
-def _bias(fields: _Fields, fact: bool | str) -> bool:
-    return fact if isinstance(fact, bool) else fields.flag(fact)
+def _flag(fields: JsonFields, fact: bool | str) -> bool:
+    return fields.flag(fact) if isinstance(fact, str) else fact
 
 
-def _dtype(fields: _Fields) -> torch.dtype:
+def _number(fields: JsonFields, fact: float | str) -> float:
+    return fields.number(fact) if isinstance(fact, str) else fact
+
+
+def _dtype(fields: JsonFields) -> torch.dtype:
     """Read what transformers 5 calls dtype and transformers 4 calls torch_dtype."""
     name = str(fields.values.get("dtype", fields.values.get("torch_dtype", "float32")))
     dtype = _DTYPES.get(name.removeprefix("torch."))
@@ -210,74 +235,10 @@ def _dtype(fields: _Fields) -> torch.dtype:
     return dtype
 
 
-def _rope(fields: _Fields, max_position_embeddings: int) -> RopeConfig:
-    """Read what transformers 5 calls rope_parameters; 4 has rope_scaling, and rope_theta beside it.
-
-    Keys that the type does not use are ignored, as transformers ignores them.
-    """
-    key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
-    values = fields.values.get(key, {})
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        fields.refuse(f"{key} = {values!r}", "one object of plain values for all layers")
-    rope = _Fields(fields.path, values)
-    found = rope.values.get("rope_type", rope.values.get("type", "default"))
-    rope_type = next((known for known in ROPE_TYPES if known == found), None)
-    if rope_type is None:
-        fields.refuse(f"rope type {found!r}", ", ".join(ROPE_TYPES))
-    rotated = rope.number("partial_rotary_factor", default=fields.number_or_none(_PARTIAL) or 1.0)
-    if rotated != 1.0:
-        fields.refuse(f"{_PARTIAL} = {rotated}", "1.0 (all dims of a head)")
-    theta = rope.number("rope_theta", default=fields.number("rope_theta", default=10_000.0))
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
-    if rope_type == "linear":
-        return RopeConfig(rope_type="linear", theta=theta, factor=rope.number("factor"))
-    # The key beside the object comes first, as in transformers.
-    original = rope.integer(_ORIGINAL, default=max_position_embeddings)
-    original = fields.integer(_ORIGINAL, default=original)
-    if rope_type == "llama3":
-        return _llama3(rope, theta, original)
-    return _yarn(rope, theta, original, default_factor=max_position_embeddings / original)
-
-
-_PARTIAL, _ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
-
-
-def _llama3(rope: _Fields, theta: float, original: int) -> RopeConfig:
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if high <= low:
-        rope.refuse(f"high_freq_factor = {high} and low_freq_factor = {low}", "high above low")
-    return RopeConfig(
-        rope_type="llama3",
-        theta=theta,
-        factor=rope.number("factor"),
-        original_max_position_embeddings=original,
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
-
-
-def _yarn(rope: _Fields, theta: float, original: int, *, default_factor: float) -> RopeConfig:
-    if theta == 1.0:
-        rope.refuse("rope_theta = 1", "another base for rope type 'yarn'")
-    return RopeConfig(
-        rope_type="yarn",
-        theta=theta,
-        factor=rope.number("factor", default=default_factor),
-        original_max_position_embeddings=original,
-        beta_fast=rope.number("beta_fast", default=32.0),
-        beta_slow=rope.number("beta_slow", default=1.0),
-        attention_factor=rope.number_or_none("attention_factor"),
-        mscale=rope.number_or_none("mscale"),
-        mscale_all_dim=rope.number_or_none("mscale_all_dim"),
-        truncate=rope.flag("truncate", default=True),
-    )
-
-
-def _special_tokens(directory: Path, config: _Fields) -> tuple[int | None, tuple[int, ...]]:
+def _special_tokens(directory: Path, config: JsonFields) -> tuple[int | None, tuple[int, ...]]:
     """Return ``(bos_token_id, eos_token_ids)``; generation_config.json comes first, key by key."""
     path = directory / "generation_config.json"
-    generation = _Fields(path, read_json(path) if path.is_file() else {})
+    generation = JsonFields(path, read_json(path) if path.is_file() else {})
 
     def token_ids(key: str) -> tuple[int, ...]:
         fields = generation if key in generation.values else config
@@ -289,3 +250,8 @@ def _special_tokens(directory: Path, config: _Fields) -> tuple[int | None, tuple
 
     bos = token_ids("bos_token_id")
     return (bos[0] if bos else None), token_ids("eos_token_id")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."

@@ -17,10 +17,11 @@ from torch.nn import functional
 
 from attention.timing import PartTimer
 from models.config import ModelConfig
+from models.families import ACTIVATIONS
 from models.rope import apply_rope_, rope_cos_sin, rope_inv_freq
 from models.weights import DecoderWeights, LayerWeights
 
-# The widest activations (T x 2F) exist for so many tokens at a time.
+# The widest activations (T x 2F), and those of norms of heads, exist for so many tokens at a time.
 MLP_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -40,8 +41,11 @@ class Decoder:
         self._weights = weights
         self.device = weights.embed_VE.device
         self.dtype = weights.embed_VE.dtype
-        inv_freq, self._rope_factor = rope_inv_freq(config.rope, config.head_dim)
-        self._inv_freq = inv_freq.to(self.device)
+        self._activate = ACTIVATIONS[config.activation]
+        self._inv_freq, self._rope_factor = None, 1.0
+        if config.rope is not None:
+            inv_freq, self._rope_factor = rope_inv_freq(config.rope, config.rotary_dim)
+            self._inv_freq = inv_freq.to(self.device)
 
     @torch.inference_mode()
     def forward(
@@ -60,7 +64,12 @@ class Decoder:
         kept row needs is left out of the last layer.
         """
         x_TE = functional.embedding(ids_T, self._weights.embed_VE)
-        cos_sin = rope_cos_sin(positions_T, self._inv_freq, self._rope_factor)
+        if self._weights.positions_LE is not None:
+            rows_T = positions_T + self.config.position_offset
+            x_TE += functional.embedding(rows_T, self._weights.positions_LE)
+        cos_sin = None
+        if self._inv_freq is not None:
+            cos_sin = rope_cos_sin(positions_T, self._inv_freq, self._rope_factor)
         for index, layer in enumerate(self._weights.layers):
             with timer("gemm"):
                 q_THD, kv_TJD = self._project(layer, x_TE, cos_sin)
@@ -69,33 +78,54 @@ class Decoder:
                 x_TE, out_THD = x_TE[keep_rows], out_THD[keep_rows]
             with timer("gemm"):
                 out_TX = out_THD.flatten(1).to(self.dtype)
-                x_TE += functional.linear(out_TX, layer.out_EX, layer.out_bias_E)
-                self._add_mlp(layer, x_TE)
+                out_TE = functional.linear(out_TX, layer.out_EX, layer.out_bias_E)
+                if self.config.parallel_residual:
+                    self._add_mlp(layer, x_TE, out_TE)
+                    x_TE += out_TE
+                else:
+                    x_TE += out_TE
+                    self._add_mlp(layer, x_TE, x_TE)
             on_layer(index)
         return x_TE
 
     @torch.inference_mode()
     def logits(self, hidden_TE: Tensor) -> Tensor:
         """Return ``logits_TV`` in float32."""
-        normed_TE = self._norm(hidden_TE, self._weights.final_norm_E)
-        return functional.linear(normed_TE, self._weights.lm_head_VE).float()
+        weights = self._weights
+        normed_TE = self._norm(hidden_TE, weights.final_norm_E, weights.final_norm_bias_E)
+        return functional.linear(normed_TE, weights.lm_head_VE).float()
 
     def _project(
-        self, layer: LayerWeights, x_TE: Tensor, cos_sin: tuple[Tensor, Tensor]
+        self, layer: LayerWeights, x_TE: Tensor, cos_sin: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         H, K, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        normed_TE = self._norm(x_TE, layer.input_norm_E)
+        normed_TE = self._norm(x_TE, layer.input_norm_E, layer.input_norm_bias_E)
         qkv_TPD = functional.linear(normed_TE, layer.qkv_PE, layer.qkv_bias_P).unflatten(1, (-1, D))
-        apply_rope_(qkv_TPD[:, : H + K], *cos_sin)
+        if layer.query_norm_D is not None and layer.key_norm_D is not None:
+            self._norm_heads_(qkv_TPD[:, :H], layer.query_norm_D)
+            self._norm_heads_(qkv_TPD[:, H : H + K], layer.key_norm_D)
+        if cos_sin is not None:
+            apply_rope_(qkv_TPD[:, : H + K, : self.config.rotary_dim], *cos_sin)
         return qkv_TPD[:, :H], qkv_TPD[:, H:].contiguous()
 
-    def _add_mlp(self, layer: LayerWeights, x_TE: Tensor) -> None:
-        for rows_TE in x_TE.split(MLP_TOKENS[self.device.type]):
-            normed_TE = self._norm(rows_TE, layer.post_norm_E)
-            gate_up_TF = functional.linear(normed_TE, layer.gate_up_FE, layer.gate_up_bias_F)
-            gate_TF, up_TF = gate_up_TF.chunk(2, dim=1)
-            product_TF = functional.silu(gate_TF).mul_(up_TF)
-            rows_TE += functional.linear(product_TF, layer.down_EF, layer.down_bias_E)
+    def _add_mlp(self, layer: LayerWeights, x_TE: Tensor, sum_TE: Tensor) -> None:
+        """Add the MLP's output for ``x_TE`` to ``sum_TE``, which may be the same."""
+        tokens = MLP_TOKENS[self.device.type]
+        for rows_TE, sum_rows_TE in zip(x_TE.split(tokens), sum_TE.split(tokens), strict=True):
+            normed_TE = self._norm(rows_TE, layer.post_norm_E, layer.post_norm_bias_E)
+            up_TF = functional.linear(normed_TE, layer.gate_up_FE, layer.gate_up_bias_F)
+            if self.config.gated_mlp:
+                gate_TF, up_TF = up_TF.chunk(2, dim=1)
+                inner_TF = self._activate(gate_TF).mul_(up_TF)
+            else:
+                inner_TF = self._activate(up_TF)
+            sum_rows_TE += functional.linear(inner_TF, layer.down_EF, layer.down_bias_E)
 
-    def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
-        return functional.rms_norm(x_TE, weight_E.shape, weight_E, self.config.norm_eps)
+    def _norm_heads_(self, x_THD: Tensor, weight_D: Tensor) -> None:
+        for rows_tHD in x_THD.split(MLP_TOKENS[self.device.type]):
+            rows_tHD.copy_(self._norm(rows_tHD, weight_D, None))
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.config.norm == "rms":
+            return functional.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+        return functional.layer_norm(x, weight.shape, weight, bias, self.config.norm_eps)

@@ -8,9 +8,9 @@ Shapes: E = hidden size, V = vocabulary, X = H * D (H query heads of dim D),
 P = (H + 2K) * D (K kv heads), F = intermediate size; gate and up together are 2F.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.config import ModelConfig, no_checkpoint, read_json
+from models.config import ModelConfig, no_checkpoint
 from models.errors import CheckpointError
+from models.families import FAMILIES, TensorNames
+from models.json_fields import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,17 @@ class LayerWeights:
     """One decoder layer; every projection is [rows out, columns in], as in `torch.nn.Linear`."""
 
     input_norm_E: Tensor
+    input_norm_bias_E: Tensor | None
     qkv_PE: Tensor  # rows of q, then k, then v
     qkv_bias_P: Tensor | None
+    query_norm_D: Tensor | None  # of every query head, as the next one of every key head
+    key_norm_D: Tensor | None
     out_EX: Tensor
     out_bias_E: Tensor | None
     post_norm_E: Tensor  # before the MLP
-    gate_up_FE: Tensor  # 2F rows: gate, then up
-    gate_up_bias_F: Tensor | None  # 2F values: gate, then up
+    post_norm_bias_E: Tensor | None
+    gate_up_FE: Tensor  # 2F rows: gate, then up; or F rows: up alone
+    gate_up_bias_F: Tensor | None  # as many values
     down_EF: Tensor
     down_bias_E: Tensor | None
 
@@ -43,33 +49,13 @@ class DecoderWeights:
     """All weights of a decoder, of one dtype, on one device."""
 
     embed_VE: Tensor
+    positions_LE: Tensor | None  # L = rows of learned positions, those before position 0 too
     layers: tuple[LayerWeights, ...]
     final_norm_E: Tensor
+    final_norm_bias_E: Tensor | None
     lm_head_VE: Tensor  # the same tensor object as embed_VE where they are tied
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorNames:
-    """What a family calls its modules in the file, without ``.weight`` and ``.bias``."""
-
-    embed: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    lm_head: str = "lm_head"
-    layer: str = "model.layers.{}."  # the prefix of all that follow
-    input_norm: str = "input_layernorm"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    out: str = "self_attn.o_proj"
-    post_norm: str = "post_attention_layernorm"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-
-
-TENSOR_NAMES = {"llama": TensorNames()}
-
-_HARMLESS_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old checkpoints saved; see models.rope
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as the header calls them; no others hold plain weights
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "consolidated.*.pth")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -85,18 +71,24 @@ def load_weights(
     """
     files = _weight_files(directory)
     headers = _read_headers(files)
-    names = _tied_names(TENSOR_NAMES[config.family], config, headers)
+    family = FAMILIES[config.architecture]
+    names = _names(family.tensors, headers)
+    embed = _embed_name(names, config, headers)
     lm_head = f"{names.lm_head}.weight" if config.tie_word_embeddings else None
-    wanted = _slices(_empty(config, torch.device("meta"), dtype), config, names)
+    wanted = _slices(_empty(config, torch.device("meta"), dtype), config, names, embed)
     single = files == [directory / _SINGLE]
-    _check_names(wanted, headers, lm_head, directory / (_SINGLE if single else _INDEX))
+    ignored = {name for name in headers if name == lm_head or name.endswith(family.harmless)}
+    _check_names(wanted, headers, ignored, directory / (_SINGLE if single else _INDEX))
     _check_tensors(wanted, headers)
     weights = _empty(config, device, dtype)
-    slices = _slices(weights, config, names)
+    slices = _slices(weights, config, names, embed)
     for path in files:
         with _open(path, device) as file:
             for name in (name for name in slices if headers[name].path == path):
                 slices[name].copy_(file.get_tensor(name))
+    if family.qkv_by_head:
+        for layer in weights.layers:
+            _sort_qkv_(layer, config.head_dim)
     if lm_head in headers.keys() - slices.keys():
         _check_tied_head(weights.embed_VE, lm_head, headers[lm_head].path)
     return weights
@@ -111,8 +103,9 @@ def random_weights(
     for tensor in _tensors(weights):
         tensor.normal_(0.0, 0.02, generator=rng)
     for layer in weights.layers:
-        layer.input_norm_E.fill_(1.0)
-        layer.post_norm_E.fill_(1.0)
+        for norm in (layer.input_norm_E, layer.query_norm_D, layer.key_norm_D, layer.post_norm_E):
+            if norm is not None:
+                norm.fill_(1.0)
     weights.final_norm_E.fill_(1.0)
     return weights
 
@@ -129,20 +122,29 @@ def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Dec
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def norm_bias() -> Tensor | None:
+        return empty(hidden) if config.norm == "layer" else None
+
     hidden, inner = config.hidden_size, config.intermediate_size
+    gate_up = 2 * inner if config.gated_mlp else inner
+    positions = config.max_position_embeddings + config.position_offset
     attention = config.num_heads * config.head_dim
     qkv = attention + 2 * config.num_kv_heads * config.head_dim
     embed_VE = empty(config.vocab_size, hidden)
     layers = tuple(
         LayerWeights(
             input_norm_E=empty(hidden),
+            input_norm_bias_E=norm_bias(),
             qkv_PE=empty(qkv, hidden),
             qkv_bias_P=empty(qkv) if config.attention_bias else None,
+            query_norm_D=empty(config.head_dim) if config.qk_norm else None,
+            key_norm_D=empty(config.head_dim) if config.qk_norm else None,
             out_EX=empty(hidden, attention),
             out_bias_E=empty(hidden) if config.attention_out_bias else None,
             post_norm_E=empty(hidden),
-            gate_up_FE=empty(2 * inner, hidden),
-            gate_up_bias_F=empty(2 * inner) if config.mlp_bias else None,
+            post_norm_bias_E=norm_bias(),
+            gate_up_FE=empty(gate_up, hidden),
+            gate_up_bias_F=empty(gate_up) if config.mlp_bias else None,
             down_EF=empty(hidden, inner),
             down_bias_E=empty(hidden) if config.mlp_bias else None,
         )
@@ -150,48 +152,79 @@ def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Dec
     )
     return DecoderWeights(
         embed_VE=embed_VE,
+        positions_LE=empty(positions, hidden) if config.rope is None else None,
         layers=layers,
         final_norm_E=empty(hidden),
+        final_norm_bias_E=norm_bias(),
         lm_head_VE=embed_VE if config.tie_word_embeddings else empty(config.vocab_size, hidden),
     )
 
 
-def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
-    """Yield every tensor once, also where two fields share one."""
-    yield weights.embed_VE
-    for layer in weights.layers:
-        yield from (tensor for tensor in vars(layer).values() if tensor is not None)
-    yield weights.final_norm_E
-    if weights.lm_head_VE is not weights.embed_VE:
-        yield weights.lm_head_VE
+def _tensors(weights: DecoderWeights) -> list[Tensor]:
+    """Return every tensor once, also where two fields share one."""
+    values = [value for part in (weights, *weights.layers) for value in vars(part).values()]
+    return list({id(value): value for value in values if isinstance(value, Tensor)}.values())
 
 
-def _slices(weights: DecoderWeights, config: ModelConfig, names: TensorNames) -> dict[str, Tensor]:
+# Names of modules, the rows of each (or of every one), and the weight and bias they make up.
+_Fused = tuple[tuple[str, ...], int | list[int], Tensor | None, Tensor | None]
+
+
+def _slices(
+    weights: DecoderWeights, config: ModelConfig, names: TensorNames, embed: str
+) -> dict[str, Tensor]:
     """Map each tensor name of the checkpoint to the view that it fills."""
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    qkv, gate_up = (names.query, names.key, names.value), (names.gate, names.up)
-    slices = {
-        f"{names.embed}.weight": weights.embed_VE,
-        f"{names.final_norm}.weight": weights.final_norm_E,
-    }
+    hidden, vocab, top = config.hidden_size, config.vocab_size, names.prefix
+    modules: list[_Fused] = [
+        ((embed,), vocab, weights.embed_VE, None),
+        ((top + names.final_norm,), hidden, weights.final_norm_E, weights.final_norm_bias_E),
+    ]
+    if weights.positions_LE is not None:
+        rows = len(weights.positions_LE)
+        modules.append(((top + names.positions,), rows, weights.positions_LE, None))
     if not config.tie_word_embeddings:
-        slices[f"{names.lm_head}.weight"] = weights.lm_head_VE
+        modules.append(((names.lm_head,), vocab, weights.lm_head_VE, None))
+    slices = _split("", modules)
+    transposed = FAMILIES[config.architecture].transposed
     for index, layer in enumerate(weights.layers):
-        fused: list[tuple[tuple[str, ...], list[int], Tensor, Tensor | None]] = [
-            ((names.input_norm,), [config.hidden_size], layer.input_norm_E, None),
-            (qkv, [query, key, key], layer.qkv_PE, layer.qkv_bias_P),
-            ((names.out,), [config.hidden_size], layer.out_EX, layer.out_bias_E),
-            ((names.post_norm,), [config.hidden_size], layer.post_norm_E, None),
-            (gate_up, [config.intermediate_size] * 2, layer.gate_up_FE, layer.gate_up_bias_F),
-            ((names.down,), [config.hidden_size], layer.down_EF, layer.down_bias_E),
-        ]
-        prefix = names.layer.format(index)
-        for modules, rows, weight, bias in fused:
-            for suffix, tensor in (("weight", weight), ("bias", bias)):
-                if tensor is not None:
-                    parts = zip(modules, tensor.split(rows), strict=True)
-                    slices |= {f"{prefix}{module}.{suffix}": part for module, part in parts}
+        parts = _split(top + names.layer.format(index), _layer_modules(layer, config, names))
+        slices |= {name: part.t() if transposed else part for name, part in parts.items()}
     return slices
+
+
+def _layer_modules(layer: LayerWeights, config: ModelConfig, names: TensorNames) -> list[_Fused]:
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qkv = [query, key, key] if len(names.qkv) == 3 else query + 2 * key
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    return [
+        ((names.input_norm,), hidden, layer.input_norm_E, layer.input_norm_bias_E),
+        (names.qkv, qkv, layer.qkv_PE, layer.qkv_bias_P),
+        ((names.query_norm,), head_dim, layer.query_norm_D, None),
+        ((names.key_norm,), head_dim, layer.key_norm_D, None),
+        ((names.out,), hidden, layer.out_EX, layer.out_bias_E),
+        ((names.post_norm,), hidden, layer.post_norm_E, layer.post_norm_bias_E),
+        (names.gate_up, inner, layer.gate_up_FE, layer.gate_up_bias_F),
+        ((names.down,), hidden, layer.down_EF, layer.down_bias_E),
+    ]
+
+
+def _split(prefix: str, modules: list[_Fused]) -> dict[str, Tensor]:
+    """Cut fused tensors into one part for each module, by its name in the file."""
+    slices: dict[str, Tensor] = {}
+    for names, rows, weight, bias in modules:
+        for suffix, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                parts = zip(names, tensor.split(rows), strict=True)
+                slices |= {f"{prefix}{name}.{suffix}": part for name, part in parts}
+    return slices
+
+
+def _sort_qkv_(layer: LayerWeights, head_dim: int) -> None:
+    """Reorder rows of q, k and v of each head in turn to rows of q, then k, then v."""
+    for tensor in (layer.qkv_PE, layer.qkv_bias_P):
+        if tensor is not None:
+            by_head = tensor.unflatten(0, (-1, 3, head_dim))
+            tensor.copy_(by_head.transpose(0, 1).flatten(0, 2))
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -258,28 +291,35 @@ def _read_headers(files: list[Path]) -> dict[str, _Header]:
     return headers
 
 
-def _tied_names(
-    names: TensorNames, config: ModelConfig, headers: Mapping[str, _Header]
-) -> TensorNames:
-    """Return the names to read; safetensors keeps one of two tied tensors, maybe the other one."""
-    embed, lm_head = f"{names.embed}.weight", f"{names.lm_head}.weight"
-    if config.tie_word_embeddings and lm_head in headers and embed not in headers:
-        return replace(names, embed=names.lm_head)
-    return names
+def _names(known: tuple[TensorNames, ...], headers: Mapping[str, _Header]) -> TensorNames:
+    """Return the names that these files use; the first ones, if they use none."""
+
+    def count(names: TensorNames) -> int:
+        outside_layers = (names.prefix + names.final_norm, names.lm_head)
+        return sum(f"{module}.weight" in headers for module in outside_layers)
+
+    return max(known, key=count)
+
+
+def _embed_name(names: TensorNames, config: ModelConfig, headers: Mapping[str, _Header]) -> str:
+    """Return the module to read; safetensors keeps one of two tied tensors, maybe the other one."""
+    embed, lm_head = names.prefix + names.embed, names.lm_head
+    if config.tie_word_embeddings and f"{embed}.weight" not in headers:
+        return lm_head if f"{lm_head}.weight" in headers else embed
+    return embed
 
 
 def _check_names(
-    slices: Mapping[str, Tensor], headers: Mapping[str, _Header], ignored: str | None, source: Path
+    slices: Mapping[str, Tensor],
+    headers: Mapping[str, _Header],
+    ignored: Set[str],
+    source: Path,
 ) -> None:
     """Refuse tensors that are missing, and tensors that the model would leave unused."""
     missing = sorted(slices.keys() - headers.keys())
     if missing:
         raise CheckpointError(f"{source} lacks {_some(missing)}")
-    extra = sorted(
-        name
-        for name in headers.keys() - slices.keys()
-        if name != ignored and not name.endswith(_HARMLESS_SUFFIX)
-    )
+    extra = sorted(headers.keys() - slices.keys() - ignored)
     if extra:
         raise CheckpointError(
             f"{source} holds {_some(extra)}, which config.json does not account for:"

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.__main__ import main
 from models.needle_text import make_demo, question
-from tests.checkpoints import edit_json, write_llama_checkpoint
+from tests.checkpoints import edit_json, write_checkpoint, write_llama_checkpoint
 
 RINGSPAN = [sys.executable, "-m", "cluster"]
 
@@ -77,6 +77,11 @@ def test_unsupported_checkpoints_are_refused_before_a_process_starts(
     edit_json(checkpoint / "config.json", architectures=["MambaForCausalLM"])
     assert main(["generate", str(checkpoint), "--prompt-token-ids", "1"]) == 1
     assert "MambaForCausalLM" in capsys.readouterr().err
+
+    checkpoint = write_checkpoint(tmp_path / "opt", "opt")
+    beyond = ["--prompt-token-ids", "1", "--max-model-len", "2049"]
+    assert main(["generate", str(checkpoint), *beyond]) == 1
+    assert "max_model_len is 2049, but the positions of this" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("shared_ray")

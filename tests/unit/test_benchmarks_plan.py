@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.llama import _random_decoder
+from benchmarks.llama import model_config
 from benchmarks.plan import DEVICE_BYTES, SECTIONS, describe
 from benchmarks.shapes import LLAMA_3_8B, NEEDLE, TOY, Shape, attention_flops
 from benchmarks.sizes import FULL, K, M
-from models.config import ModelConfig
 from models.needle import NEEDLE_CONFIG
 from models.weights import weights_bytes
 from tests.unit.test_imports_without_ray import ROOT, run_without
@@ -28,17 +27,11 @@ KEYS = {
 }
 
 
-def config_of(shape: Shape) -> ModelConfig:
-    return dataclasses.replace(
-        _random_decoder(TOY, torch.device("cpu")).config, **dataclasses.asdict(shape)
-    )
-
-
 @pytest.mark.parametrize("shape", [LLAMA_3_8B, NEEDLE, TOY], ids=["llama", "needle", "toy"])
 def test_bytes_of_the_weights_are_the_models(shape: Shape) -> None:
     """The decode roofline stands on them; norms are the only difference."""
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
-    assert shape.weights_bytes(2) + 2 * norms == weights_bytes(config_of(shape), torch.bfloat16)
+    assert shape.weights_bytes(2) + 2 * norms == weights_bytes(model_config(shape), torch.bfloat16)
 
 
 def test_llama_shape_is_the_published_one() -> None:

@@ -43,7 +43,7 @@ def test_reads_what_transformers_writes(tmp_path: Path) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
     assert read_model_config(directory) == ModelConfig(
-        family="llama",
+        architecture="LlamaForCausalLM",
         num_layers=2,
         hidden_size=64,
         intermediate_size=128,
@@ -52,8 +52,16 @@ def test_reads_what_transformers_writes(tmp_path: Path) -> None:
         head_dim=32,
         vocab_size=500,
         max_position_embeddings=8192,
+        position_limit=None,
+        position_offset=0,
+        norm="rms",
         norm_eps=1e-6,
+        qk_norm=False,
+        activation="silu",
+        gated_mlp=True,
+        parallel_residual=False,
         rope=RopeConfig(theta=500000.0),
+        rotary_dim=32,
         tie_word_embeddings=True,
         attention_bias=True,
         attention_out_bias=True,
@@ -111,9 +119,14 @@ def test_every_spelling_of_rope_reads_the_same(tmp_path: Path, changes: dict[str
 
 def test_yarn_factor_defaults_to_the_growth_of_the_context(tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "original_max_position_embeddings": 2048}
-    assert read(tmp_path, rope_scaling=scaling).rope.factor == 4.0
-    beside = read(tmp_path, rope_scaling={"type": "yarn"}, original_max_position_embeddings=1024)
-    assert (beside.rope.original_max_position_embeddings, beside.rope.factor) == (1024, 8.0)
+    within = read(tmp_path, rope_scaling=scaling).rope
+    assert within is not None
+    assert within.factor == 4.0
+    beside = read(
+        tmp_path, rope_scaling={"type": "yarn"}, original_max_position_embeddings=1024
+    ).rope
+    assert beside is not None
+    assert (beside.original_max_position_embeddings, beside.factor) == (1024, 8.0)
 
 
 def test_generation_config_names_the_tokens_first(tmp_path: Path) -> None:
@@ -130,13 +143,16 @@ def test_generation_config_names_the_tokens_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2.*supported: LlamaForCausalLM"),
+        (
+            {"architectures": ["BloomForCausalLM"]},
+            "architecture Bloom.*supported: LlamaForCausalLM",
+        ),
         ({"architectures": ...}, "architectures = None, supported: LlamaForCausalLM"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\), supp"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu', supported: 'silu'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu', supported: silu, relu, gelu"),
         ({"num_key_value_heads": 3}, "_heads = 4 and num_key_value_heads = 3, supported: a number"),
         ({"num_attention_heads": 6}, "hidden_size = 64, .* = 6 and no head_dim, supported:"),
-        ({"head_dim": 15}, "head_dim = 15, supported: an even one"),
+        ({"head_dim": 15}, "head_dim = 15, supported: an even number"),
         ({"hidden_size": ...}, "lacks hidden_size, which"),
         ({"rms_norm_eps": None}, "lacks rms_norm_eps, which"),
         ({"vocab_size": "500"}, "vocab_size = '500', supported: a whole number"),

@@ -115,9 +115,9 @@ def _skip_in_layer(patch: pytest.MonkeyPatch, layer: int, *, mlp: bool, attentio
     """Leave a layer's MLP or attention (or both: the layer) out, on every rank's own thread."""
     real_mlp, real_attention = Decoder._add_mlp, PrefillAttention.__call__
 
-    def add_mlp(self: Decoder, weights: object, x_TE: Tensor) -> None:
+    def add_mlp(self: Decoder, weights: object, x_TE: Tensor, sum_TE: Tensor) -> None:
         if not (mlp and weights is self._weights.layers[layer]):
-            real_mlp(self, weights, x_TE)  # type: ignore[arg-type]
+            real_mlp(self, weights, x_TE, sum_TE)  # type: ignore[arg-type]
 
     def attend_layer(self: PrefillAttention, index: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
         out_THD = real_attention(self, index, q_THD, kv_TJD)
@@ -141,7 +141,9 @@ for _layer, (_mlp, _attention) in itertools.product(
 @defect("norm weights ignored")
 def _ignore_norms(patch: pytest.MonkeyPatch, cluster: ThreadCluster) -> None:
     norm = Decoder._norm
-    patch.setattr(Decoder, "_norm", lambda self, x, weight: norm(self, x, torch.ones_like(weight)))
+    patch.setattr(
+        Decoder, "_norm", lambda self, x, weight, bias: norm(self, x, torch.ones_like(weight), bias)
+    )
 
 
 @defect("RoPE pairs interleaved")
