@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check campaign clean
+.PHONY: demo test check campaign gpu clean
 
 demo: $(STAMP)  ## answer questions out of a long context that is sharded over two ranks
 	$(VENV)/bin/ringspan demo -cp 2 --context-tokens 16384
@@ -19,6 +19,11 @@ check: $(STAMP)  ## ruff, mypy and import directions
 
 campaign: $(STAMP)  ## the tests that are too long for every day
 	$(PY) -m pytest -m campaign --timeout 3600
+
+# A python whose torch has CUDA: nothing is installed for it here. OPTIONS="--only needle", say.
+PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
+gpu:  ## tests and measurements on CUDA, into benchmarks/results/; without CUDA, what it would do
+	$(PYTHON) -m benchmarks.gpu $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,12 +1,14 @@
 """One local block of attention: `attend(q, k, v) -> (out, lse)`, by the kernel of the device.
 
-Every kernel's own layout and result is converted here and nowhere else.
 CPU: torch's flash kernel. CUDA: flash attention in 16 bit, the
-memory-efficient kernel in float32.
+memory-efficient kernel in float32 (`attention.cuda_kernels`). Every kernel's own
+layout and result is converted in these two files and nowhere else.
 """
 
 import torch
 from torch import Tensor
+
+from attention.cuda_kernels import attend_cuda
 
 
 def attend(
@@ -28,7 +30,7 @@ def attend(
     # An empty query or key set ends the process inside the CPU kernel.
     if q_THD.shape[0] == 0 or k_SKD.shape[0] == 0:
         return empty_partial(q_THD)
-    kernel = _attend_cpu if q_THD.device.type == "cpu" else _attend_cuda
+    kernel = _attend_cpu if q_THD.device.type == "cpu" else attend_cuda
     return kernel(q_THD, k_SKD, v_SKD, causal, scale)
 
 
@@ -46,48 +48,3 @@ def _attend_cpu(
         q_1HTD, k_1KSD, v_1KSD, 0.0, causal, scale=scale
     )
     return out_1HTD[0].transpose(0, 1).float(), lse_1HT[0].transpose(0, 1).float()
-
-
-def _attend_cuda(
-    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    if q_THD.dtype is torch.float32:
-        return _attend_cuda_float32(q_THD, k_SKD, v_SKD, causal, scale)
-    out_1THD, lse_1HT, *_ = torch.ops.aten._flash_attention_forward(
-        q_THD[None],
-        k_SKD[None],
-        v_SKD[None],
-        None,
-        None,
-        q_THD.shape[0],
-        k_SKD.shape[0],
-        0.0,
-        causal,
-        False,
-        scale=scale,
-    )
-    return out_1THD[0].float(), lse_1HT[0].transpose(0, 1)
-
-
-def _attend_cuda_float32(
-    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """The memory-efficient kernel: it has no grouped heads, and pads the rows of its LSE."""
-    group = q_THD.shape[1] // k_SKD.shape[1]
-    k_SHD, v_SHD = (x.repeat_interleave(group, dim=1) for x in (k_SKD, v_SKD))
-    top_left_mask = 1
-    out_1THD, lse_1HT, *_ = torch.ops.aten._efficient_attention_forward(
-        q_THD[None],
-        k_SHD[None],
-        v_SHD[None],
-        None,
-        None,
-        None,
-        None,
-        None,
-        0.0,
-        top_left_mask if causal else 0,
-        True,
-        scale=scale,
-    )
-    return out_1THD[0], lse_1HT[0, :, : q_THD.shape[0]].transpose(0, 1)

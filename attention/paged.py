@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from attention.cuda_kernels import attend_flash_pages, flash_reads_pages
 from attention.kernel import attend, empty_partial
 from attention.merge import merge_stacked
 
@@ -26,23 +27,53 @@ def page_shape(
     return page_tokens, num_kv_heads, head_dim
 
 
-def page_tokens_of(pages: Tensor) -> int:
-    """Return the capacity in tokens of each of these pages."""
-    return pages.shape[2] if pages.device.type == "cpu" else pages.shape[1]
-
-
 def store_rows(pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor) -> None:
     """Write rows ``first_row, first_row + 1, ...`` of a run whose pages are ``page_ids``."""
-    capacity, done = page_tokens_of(pages), 0
+    if rows_SKD.shape[0] == 0:
+        return
+    store = _store_rows_cpu if pages.device.type == "cpu" else _store_rows_cuda
+    store(pages, page_ids, first_row, rows_SKD)
+
+
+def _store_rows_cpu(
+    pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor
+) -> None:
+    for page, offset, rows_nKD in _by_page(pages, page_ids, first_row, rows_SKD, pages.shape[2]):
+        page[:, offset : offset + len(rows_nKD)].copy_(rows_nKD.transpose(0, 1))
+
+
+def _store_rows_cuda(
+    pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor
+) -> None:
+    """Write with one copy where the pages are neighbours, else with one a page."""
+    capacity, end_row = pages.shape[1], first_row + rows_SKD.shape[0]
+    first = first_row // capacity
+    run_SKD = _neighbours(pages, page_ids[first : -(-end_row // capacity)])
+    if run_SKD is not None:
+        run_SKD[first_row - first * capacity : end_row - first * capacity].copy_(rows_SKD)
+        return
+    for page, offset, rows_nKD in _by_page(pages, page_ids, first_row, rows_SKD, capacity):
+        page[offset : offset + len(rows_nKD)].copy_(rows_nKD)
+
+
+def _by_page(
+    pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor, capacity: int
+) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Yield ``(page, first row in it, rows)`` for each page that some rows belong to."""
+    done = 0
     while done < rows_SKD.shape[0]:
         index, offset = divmod(first_row + done, capacity)
         count = min(capacity - offset, rows_SKD.shape[0] - done)
-        page, rows = pages[page_ids[index]], rows_SKD[done : done + count]
-        if pages.device.type == "cpu":
-            page[:, offset : offset + count].copy_(rows.transpose(0, 1))
-        else:
-            page[offset : offset + count].copy_(rows)
+        yield pages[page_ids[index]], offset, rows_SKD[done : done + count]
         done += count
+
+
+def _neighbours(pages: Tensor, page_ids: Sequence[int]) -> Tensor | None:
+    """Return all rows ``[S, K, D]`` of these CUDA pages as one view, or None if they lie apart."""
+    first, count = page_ids[0], len(page_ids)
+    if list(page_ids) != list(range(first, first + count)):
+        return None
+    return pages[first : first + count].flatten(0, 1)
 
 
 def attend_pages(
@@ -69,7 +100,17 @@ def _attend_pages_cuda(
     num_rows: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    index = torch.tensor(page_ids, device=q_THD.device)
+    """Read neighbouring pages in place, others by the kernel that can, else a gathered copy.
+
+    The pool gives out the lowest free pages, so a lone sequence's are neighbours.
+    """
+    used = page_ids[: -(-num_rows // k_pages.shape[1])]
+    k_SKD, v_SKD = _neighbours(k_pages, used), _neighbours(v_pages, used)
+    if k_SKD is not None and v_SKD is not None:
+        return attend(q_THD, k_SKD[:num_rows], v_SKD[:num_rows], scale=scale)
+    index = torch.tensor(used, dtype=torch.int32, device=q_THD.device)
+    if flash_reads_pages(k_pages):
+        return attend_flash_pages(q_THD, k_pages, v_pages, index, num_rows, scale)
     k_SKD, v_SKD = (pages[index].flatten(0, 1)[:num_rows] for pages in (k_pages, v_pages))
     return attend(q_THD, k_SKD, v_SKD, scale=scale)
 

@@ -73,13 +73,15 @@ class ProcessGroupRing:
         """See `Ring.exchange`."""
         to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         if self._device.type == "cuda":
+            if outgoing.numel() == incoming.numel() == 0:
+                return _Works([])  # an empty group has no work to wait for
             # NCCL launches grouped operations together; apart they could wait for each other.
-            self._group._start_coalescing(self._device)
+            self._group._start_coalescing()
             for piece in self._pieces(outgoing):
                 self._group.send([piece], to, 0)
             for piece in self._pieces(incoming):
                 self._group.recv([piece], source, 0)
-            return _Works([self._group._end_coalescing(self._device)])
+            return _Works([self._group._end_coalescing()])
         works = [self._group.recv([piece], source, 0) for piece in self._pieces(incoming)]
         works += [self._group.send([piece], to, 0) for piece in self._pieces(outgoing)]
         return _Works(works)

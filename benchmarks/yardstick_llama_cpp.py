@@ -64,9 +64,7 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # llama.cpp turns neighbouring dims, transformers the two halves.
             count = heads if "q_proj" in name else kv_heads
-            array = (
-                array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-            )
+            array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         writer.add_tensor(_gguf_name(name), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

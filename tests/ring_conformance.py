@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attention.ring import Ring, connect_ring
+from tests.nccl_ranks import SHARED_GPU_ENVIRONMENT
 
 Check = Callable[[Ring, torch.device], None]
 
@@ -258,9 +259,9 @@ def _serve_checks(
 ) -> None:
     """Join the ring, say so, and answer every check with None or its traceback."""
     torch.set_num_threads(1)
-    device = torch.device(f"cuda:{rank}" if device_type == "cuda" else device_type)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     with _reporting(pipe):
+        device = _own_device(rank, size, device_type)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
         ring = connect_ring(store, rank, size, device, timeout_s=timeout_s, piece_bytes=PIECE_BYTES)
     while True:
         try:
@@ -269,6 +270,17 @@ def _serve_checks(
             return
         with _reporting(pipe):
             check(ring, device)
+
+
+def _own_device(rank: int, size: int, device_type: str) -> torch.device:
+    """Return a rank's device; ranks share the GPUs where there are fewer."""
+    if device_type != "cuda":
+        return torch.device(device_type)
+    devices = torch.cuda.device_count()
+    if size > devices:
+        os.environ.update(SHARED_GPU_ENVIRONMENT)
+    torch.cuda.set_device(rank % devices)
+    return torch.device("cuda", rank % devices)
 
 
 @contextmanager

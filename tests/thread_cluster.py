@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from attention.timing import PartTimer
 from models.config import read_model_config
 from models.layer_attention import PrefillAttention
 from models.sampling import SamplingParams
+from tests.staged_ring import StagedRing
 
 GREEDY_32 = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
 
@@ -27,21 +28,30 @@ class ThreadCluster:
     """N ranks of one checkpoint; use as a context manager."""
 
     def __init__(
-        self, checkpoint: Path, num_ranks: int, *, num_pages: int = 256, **settings: Any
+        self,
+        checkpoint: Path,
+        num_ranks: int,
+        *,
+        num_pages: int = 256,
+        device: Literal["cpu", "cuda"] = "cpu",
+        **settings: Any,
     ) -> None:
+        """Bring the ranks up; on CUDA all of them share the first GPU."""
         self.config = read_model_config(checkpoint)
         self.num_ranks = num_ranks
         self._settings = {"decode_block_tokens": 16, "burst_steps": 16, **settings}
         self._sequences = 0
         self._exit = ExitStack()
         self.ranks = self._exit.enter_context(ThreadRanks(num_ranks))
-        self.workers = [GPUWorker(_spec(checkpoint, rank, num_ranks)) for rank in range(num_ranks)]
+        self.workers = [
+            GPUWorker(_spec(checkpoint, rank, num_ranks, device)) for rank in range(num_ranks)
+        ]
 
         def bring_up(ring: Ring) -> None:
             worker = self.workers[ring.rank]
             worker.load()
             worker.allocate(num_pages)
-            worker.join(ring)
+            worker.join(ring if device == "cpu" else StagedRing(ring))
 
         self.ranks.run(bring_up)
 
@@ -103,17 +113,20 @@ class ThreadCluster:
         sequence_id = self._sequences
 
         def predict(ring: Ring) -> Tensor:
-            decoder, pool = self.workers[ring.rank]._decoder, self.workers[ring.rank]._pool
+            worker = self.workers[ring.rank]
+            decoder, pool = worker._decoder, worker._pool
             timer = PartTimer(decoder.device)
             pool.grow(sequence_id, zigzag.count(ring.rank))
-            around_ring = PassKVAttention(zigzag, ring, timer)
+            around_ring = PassKVAttention(zigzag, worker._ring, timer)
             attention = PrefillAttention(
-                sequence_id, pool, ring, around_ring, timer, last_layer=None
+                sequence_id, pool, worker._ring, around_ring, timer, last_layer=None
             )
             ids, positions = ids_T[zigzag.indices(ring.rank)], zigzag.positions(ring.rank)
-            hidden_TE = decoder.forward(ids, positions, attention, timer)
+            hidden_TE = decoder.forward(
+                ids.to(decoder.device), positions.to(decoder.device), attention, timer
+            )
             pool.release(sequence_id)
-            return decoder.logits(hidden_TE)
+            return decoder.logits(hidden_TE).cpu()
 
         logits_TV = torch.empty(len(ids_T), self.config.vocab_size)
         for rank, of_rank_TV in enumerate(self.ranks.run(predict)):
@@ -136,12 +149,14 @@ class ThreadCluster:
         self._exit.close()
 
 
-def _spec(checkpoint: Path, rank: int, num_ranks: int) -> WorkerSpec:
+def _spec(
+    checkpoint: Path, rank: int, num_ranks: int, device: Literal["cpu", "cuda"]
+) -> WorkerSpec:
     return WorkerSpec(
         rank=rank,
         num_ranks=num_ranks,
         checkpoint=str(checkpoint),
-        device="cpu",
+        device=device,
         dtype="auto",
         page_tokens=256,
         threads=1,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention.paged import attend_pages, page_shape, page_tokens_of, store_rows
+from attention.paged import attend_pages, page_shape, store_rows
 from tests.reference import TOLERANCES, random_qkv, softmax_attention
 
 PAGE = 4  # tokens
@@ -160,4 +160,3 @@ def test_page_layout_of_each_device() -> None:
 
     assert page_shape(CPU, **size) == (8, 256, 64)
     assert page_shape(torch.device("cuda"), **size) == (256, 8, 64)
-    assert page_tokens_of(torch.empty(3, *page_shape(CPU, **size))) == 256

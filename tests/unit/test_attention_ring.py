@@ -1,12 +1,15 @@
 """One conformance suite for every implementation of `Ring`; see tests/ring_conformance.py."""
 
+import re
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from attention import Ring, ThreadRanks
+from attention import ProcessGroupRing, Ring, ThreadRanks
+from attention.ring import connect_ring
 from tests.ring_conformance import (
     COLLECTIVE_CHECKS,
     EXCHANGE_CHECKS,
@@ -16,6 +19,7 @@ from tests.ring_conformance import (
     exchange_until_peer_is_lost,
     leave,
 )
+from tests.staged_ring import StagedRing
 
 CPU = torch.device("cpu")
 all_checks = pytest.mark.parametrize(
@@ -39,6 +43,12 @@ def process_ranks(request: pytest.FixtureRequest) -> Iterator[ProcessRanks]:
 def test_ring_of_threads_conforms(thread_ranks: ThreadRanks, check: Check) -> None:
     """Tests of attention and of the cluster stand on this ring."""
     thread_ranks.run(lambda ring: check(ring, CPU))
+
+
+@all_checks
+def test_ring_by_way_of_the_host_conforms(thread_ranks: ThreadRanks, check: Check) -> None:
+    """Tests of several ranks on one GPU stand on this ring."""
+    thread_ranks.run(lambda ring: check(StagedRing(ring), CPU))
 
 
 @all_checks
@@ -91,14 +101,66 @@ def test_wait_for_a_silent_peer_is_bounded() -> None:
 
 def test_rank_that_does_not_come_is_given_up() -> None:
     """A cluster whose rank died while loading says so, and does not wait for ever."""
-    import torch.distributed as dist
-
-    from attention.ring import connect_ring
-
     start_s = time.monotonic()
     with pytest.raises(RuntimeError):
         connect_ring(dist.HashStore(), 0, 2, CPU, timeout_s=1.0)
     assert time.monotonic() - start_s < 20.0
+
+
+class RecordingGroup:
+    """The calls of an NCCL group that an exchange makes, with a backend's signatures."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 3
+
+    def _start_coalescing(self) -> None:
+        self.calls.append(("start",))
+
+    def send(self, tensors: list[torch.Tensor], to: int, tag: int) -> None:
+        self.calls.append(("send", tensors[0].tolist(), to))
+
+    def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> None:
+        self.calls.append(("recv", tensors[0].tolist(), source))
+
+    def _end_coalescing(self) -> "RecordingGroup":
+        self.calls.append(("end",))
+        return self
+
+    def wait(self) -> None:
+        self.calls.append(("wait",))
+
+
+def test_exchange_on_cuda_is_one_group_of_pieces() -> None:
+    """Sends and receives of all ranks start together; one side may be empty."""
+    group = RecordingGroup()
+    ring = ProcessGroupRing(group, torch.device("cuda"), piece_bytes=8)
+
+    ring.exchange(torch.tensor([1.0, 2.0, 3.0]), torch.empty(0)).wait()
+
+    sends: list[tuple[object, ...]] = [("send", [1.0, 2.0], 1), ("send", [3.0], 1)]
+    assert group.calls == [("start",), *sends, ("end",), ("wait",)]
+
+
+def test_exchange_of_nothing_on_cuda_makes_no_call() -> None:
+    """An empty NCCL group gives no work, so there would be nothing to wait for."""
+    group = RecordingGroup()
+
+    ProcessGroupRing(group, torch.device("cuda"), 8).exchange(torch.empty(0), torch.empty(0)).wait()
+
+    assert group.calls == []
+
+
+def test_backends_group_calls_take_no_device() -> None:
+    """A process group's do, a backend's do not, and ours is a backend."""
+    for name in ("_start_coalescing", "_end_coalescing"):
+        (signature,) = re.findall(rf"{name}\((.*)\)", getattr(dist.ProcessGroupGloo, name).__doc__)
+        assert "," not in signature
 
 
 def test_both_neighbours_notice_a_dead_rank() -> None:

@@ -1,0 +1,1 @@
+"""Measurements. Results lie in benchmarks/results/, with hardware, commit and date."""

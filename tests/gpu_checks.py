@@ -1,0 +1,221 @@
+"""What must hold of the engine on a device: kernels, pages, the ring's attention, whole workers.
+
+Each check is a function of the device that raises where it does not hold.
+tests/gpu runs them on CUDA under pytest, `benchmarks.gpu` can run them without
+pytest, and tests/unit runs them on CPU, so that the checks themselves are right.
+"""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from actors.device_memory import available_kv_bytes
+from attention import PassKVAttention, Ring, ThreadRanks, Zigzag, attend
+from attention.paged import attend_pages, page_shape, store_rows
+from attention.timing import PartTimer
+from models.draw import Filters, sample
+from models.needle_checkpoint import write_needle_checkpoint
+from models.needle_exam import make_exam
+from models.needle_text import make_demo, question
+from models.sampling import SamplingParams
+from models.tokenizer import Tokenizer
+from tests.checkpoints import write_llama_checkpoint
+from tests.oracle import assert_greedy
+from tests.reference import TOLERANCES, causal_mask, random_qkv, softmax_attention
+from tests.staged_ring import StagedRing
+from tests.thread_cluster import ThreadCluster
+
+Check = Callable[[torch.device], None]
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+
+# The float32 kernel of CUDA forms a product as three of TF32: a few bits less than float32.
+CUDA_TOLERANCES = TOLERANCES | {FLOAT32: {"rtol": 1e-4, "atol": 2e-5}}
+
+
+def assert_partial(
+    actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    """Assert that a float32 partial equals the definition's, in float64."""
+    (out, lse), (expected_out, expected_lse) = actual, expected
+    assert out.dtype is lse.dtype is FLOAT32
+    torch.testing.assert_close(out.cpu().double(), expected_out, **CUDA_TOLERANCES[dtype])
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-4, atol=2e-4)
+
+
+def assert_attends(
+    qkv: tuple[Tensor, ...], *, causal: bool = False, scale: float | None = None
+) -> None:
+    """Assert that `attend` returns what the definition says."""
+    q, k, v = qkv
+    expected = softmax_attention(q, k, v, causal_mask(len(q)) if causal else None, scale)
+    assert_partial(attend(q, k, v, causal=causal, scale=scale), expected, q.dtype)
+
+
+def check_head_dims(device: torch.device, dtype: torch.dtype) -> None:
+    """Those of real models, and one that no CUDA kernel takes unpadded."""
+    for head_dim in (20, 64, 80, 128, 256):
+        qkv = random_qkv(67, 67, head_dim=head_dim, dtype=dtype)
+        for causal in (False, True):
+            assert_attends(tuple(x.to(device) for x in qkv), causal=causal)
+
+
+def check_grouped_heads(device: torch.device, dtype: torch.dtype) -> None:
+    """Head h reads KV head h // (H / K), with one query as with many."""
+    for heads, kv_heads in ((4, 4), (8, 2), (6, 3), (7, 1)):
+        for queries in (1, 33):
+            qkv = random_qkv(queries, 300, heads=heads, kv_heads=kv_heads, dtype=dtype)
+            assert_attends(tuple(x.to(device) for x in qkv))
+
+
+def check_lengths(device: torch.device, dtype: torch.dtype) -> None:
+    """Around the kernels' blocks: a wrong mask there shows in a few rows only."""
+    for length in (1, 2, 63, 65, 129, 530):
+        qkv = random_qkv(length, length, heads=2, kv_heads=1, head_dim=64, dtype=dtype)
+        assert_attends(tuple(x.to(device) for x in qkv), causal=True, scale=0.3)
+
+
+def check_strided_inputs(device: torch.device, dtype: torch.dtype) -> None:
+    """Slices of the fused projection, and rows from the middle, are read where they lie."""
+    rng = torch.Generator().manual_seed(0)
+    fused_TPD = torch.randn(70, 8, 64, generator=rng).to(device, dtype)
+    assert_attends(fused_TPD.split([4, 2, 2], dim=1), causal=True)
+    assert_attends(fused_TPD[7:].split([4, 2, 2], dim=1))
+
+
+def check_empty_sides(device: torch.device, dtype: torch.dtype) -> None:
+    """A short prompt leaves chunks empty."""
+    for queries, keys in ((0, 4), (4, 0), (0, 0)):
+        q, k, v = (x.to(device) for x in random_qkv(queries, keys, dtype=dtype))
+        out, lse = attend(q, k, v)
+        assert torch.equal(out.cpu(), torch.zeros(queries, 4, 32))
+        assert torch.equal(lse.cpu(), torch.full((queries, 4), -torch.inf))
+
+
+def check_pages(device: torch.device, dtype: torch.dtype) -> None:
+    """Read in place, by the paged kernel and gathered; what no row was written to is nan."""
+    for capacity, page_ids, queries in (
+        (256, [1, 2, 3], 1),
+        (256, [6, 2, 5], 1),
+        (256, [6, 2, 5], 3),
+        (4, [5, 1, 2], 1),
+        (4, [0, 1, 2], 2),
+    ):
+        num_rows = 2 * capacity + 3
+        q, k, v = random_qkv(queries, num_rows, head_dim=64, dtype=dtype)
+        shape = page_shape(device, page_tokens=capacity, num_kv_heads=2, head_dim=64)
+        pages = torch.full((2, 8, *shape), torch.nan, dtype=dtype, device=device)
+        for of_what, rows in zip(pages, (k, v), strict=True):
+            store_rows(of_what, page_ids, 0, rows[:5].to(device))
+            store_rows(of_what, page_ids, 5, rows[5:].to(device))
+        partial_ = attend_pages(q.to(device), pages[0], pages[1], page_ids, num_rows)
+        assert_partial(partial_, softmax_attention(q, k, v), dtype)
+
+
+def check_pass_kv(device: torch.device, dtype: torch.dtype) -> None:
+    """The ring's attention over 1 to 3 ranks of this device equals one causal attention."""
+    q, k, v = random_qkv(211, 211, head_dim=64, dtype=dtype)
+    expected, _ = softmax_attention(q, k, v, causal_mask(211))
+    for num_ranks in (1, 2, 3):
+        zigzag = Zigzag(num_tokens=211, num_ranks=num_ranks)
+
+        def attend_share(ring: Ring, zigzag: Zigzag = zigzag) -> Tensor:
+            own = zigzag.indices(ring.rank)
+            around_ring = PassKVAttention(zigzag, StagedRing(ring), PartTimer(device))
+            return around_ring(q[own].to(device), torch.cat([k, v], dim=1)[own].to(device)).cpu()
+
+        with ThreadRanks(num_ranks) as ranks:
+            for rank, out in enumerate(ranks.run(attend_share)):
+                wanted = expected[zigzag.indices(rank)]
+                torch.testing.assert_close(out.double(), wanted, **CUDA_TOLERANCES[dtype])
+
+
+def check_needle_exam(device: torch.device, dtype: torch.dtype) -> None:
+    """Every question about a context on one and on two ranks of this device is right."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_needle_checkpoint(Path(directory), str(dtype).removeprefix("torch."))
+        for num_ranks in (1, 2):
+            zigzag = Zigzag(num_tokens=2500, num_ranks=num_ranks)
+            edges = [zigzag.bounds(chunk)[0] for chunk in range(1, 2 * num_ranks)]
+            exam = make_exam(2500, num_ranks, edges)
+            with ThreadCluster(Path(directory), num_ranks, device=_type(device)) as cluster:
+                score = exam.score(cluster.predictions(exam.token_ids))
+            assert score.all_right, f"{num_ranks} ranks: {score}"
+
+
+def check_decoded_answers(device: torch.device, dtype: torch.dtype) -> None:
+    """Answers come out of prefill and decode plans, on one and on two ranks of this device."""
+    demo = make_demo(1500, seed=1)
+    params = SamplingParams(max_tokens=24, temperature=0.0)
+    with tempfile.TemporaryDirectory() as directory:
+        write_needle_checkpoint(Path(directory), str(dtype).removeprefix("torch."))
+        tokenizer = Tokenizer.load(Path(directory))
+        assert tokenizer is not None
+        for num_ranks in (1, 2):
+            with ThreadCluster(Path(directory), num_ranks, device=_type(device)) as cluster:
+                for key, expected in demo.questions[:2]:
+                    prompt = tokenizer.encode(demo.prompt_text + question(key))
+                    answer = tokenizer.decode(cluster.generate(prompt, params))
+                    assert answer == expected, f"{num_ranks} ranks: {answer!r}, not {expected!r}"
+
+
+def check_llama_equals_transformers(device: torch.device) -> None:
+    """Greedy tokens of a random Llama in float32 are those of transformers on CPU."""
+    rng = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = write_llama_checkpoint(Path(directory))
+        for num_ranks, length in ((1, 5), (1, 700), (2, 700)):
+            prompt = torch.randint(0, 500, (length,), generator=rng).tolist()
+            with ThreadCluster(checkpoint, num_ranks, device=_type(device)) as cluster:
+                assert_greedy(checkpoint, prompt, cluster.generate(prompt))
+
+
+def check_sampling_is_the_cpus(device: torch.device) -> None:
+    """A seed draws the same tokens on every device."""
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    for index in range(20):
+        for filters in (None, Filters(top_k=50, min_p=0.01)):
+            here, there = (
+                sample(x, temperature=0.8, seed=3, index=index, filters=filters)
+                for x in (logits, logits.to(device))
+            )
+            assert here == there
+
+
+def check_memory_is_found(device: torch.device) -> None:
+    """The page pool is sized from what the device has free."""
+    assert available_kv_bytes(device, 0.9, 1) > 2**20
+
+
+def _type(device: torch.device) -> Literal["cpu", "cuda"]:
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+_IN_ALL = (
+    check_head_dims,
+    check_grouped_heads,
+    check_lengths,
+    check_strided_inputs,
+    check_empty_sides,
+    check_pages,
+    check_pass_kv,
+)
+_OF_MODELS = (check_needle_exam, check_decoded_answers)
+CHECKS: dict[str, Check] = {
+    **{
+        f"{check.__name__}[{str(dtype).removeprefix('torch.')}]": partial(check, dtype=dtype)
+        for checks, dtypes in (
+            (_IN_ALL, (FLOAT32, BFLOAT16, FLOAT16)),
+            (_OF_MODELS, (FLOAT32, BFLOAT16)),
+        )
+        for check in checks
+        for dtype in dtypes
+    },
+    "check_llama_equals_transformers": check_llama_equals_transformers,
+    "check_sampling_is_the_cpus": check_sampling_is_the_cpus,
+    "check_memory_is_found": check_memory_is_found,
+}
