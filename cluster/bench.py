@@ -93,13 +93,13 @@ def _measure(
         for length in lengths:
             ids = rng.integers(0, min(256, config.vocab_size), length).tolist()
             measured: dict[str, list[Measured]] = {person.name: [] for person in people}
-            # The first round warms up and is not counted.
-            for repeat in range(options.repeats + 1):
+            if length == lengths[0]:  # warm up
                 for person in people:
-                    done = _once(options, person, ids)
-                    if repeat:
-                        measured[person.name].append(done)
-                print(f"{length} tokens: round {repeat} of {options.repeats}", file=sys.stderr)
+                    _once(options, person, ids)
+            for repeat in range(options.repeats):
+                for person in people:
+                    measured[person.name].append(_once(options, person, ids))
+                print(f"{length} tokens: round {repeat + 1} of {options.repeats}", file=sys.stderr)
             entries += [_entry(length, name, done) for name, done in measured.items()]
     finally:
         for person in people:
@@ -120,8 +120,9 @@ def _contestants(kind: str, checkpoint: Path, max_tokens: int) -> list[Contestan
             max_model_len=max_tokens + 1,
         )  # fmt: skip
 
-    people = [ours("N=1", 1, 1), ours("N=2", 2, 1), ours("N=1, 2 threads", 1, 2)]
+    people = [ours("N=2", 2, 1), ours("N=1, 2 threads", 1, 2)]
     if kind == "prefill":
+        people.append(ours("N=1", 1, 1))
         people.append(contestants.Ideal("ideal N=2", checkpoint, 2, max_tokens))
     people.append(contestants.Transformers("transformers, 2 threads", checkpoint, 2))
     return people
@@ -145,9 +146,9 @@ def _entry(length: int, name: str, measured: list[Measured]) -> dict[str, Any]:
 def _ratios(kind: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians of paired ratios: run i of one contestant over run i of the other."""
     pairs = [("N=1, 2 threads", "N=2"), ("transformers, 2 threads", "N=2")]
-    pairs += [("transformers, 2 threads", "N=1, 2 threads"), ("N=1", "N=2")]
+    pairs.append(("transformers, 2 threads", "N=1, 2 threads"))
     if kind == "prefill":
-        pairs += [("N=2", "ideal N=2"), ("N=1", "ideal N=2")]
+        pairs += [("N=1", "N=2"), ("N=2", "ideal N=2"), ("N=1", "ideal N=2")]
     by_key = {(run["tokens"], run["name"]): run["seconds"] for run in runs}
     return [
         {
