@@ -6,13 +6,14 @@ the medians of ratios of runs that followed each other.
 
 import argparse
 import datetime
+import functools
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from cluster import contestants
-from cluster.contestants import Contestant, Measured
+from cluster.contestants import Contestant, DecodeContestant, Measured
 from cluster.launch import connect_ray, disconnect_ray
 from models.config import read_model_config
 from models.errors import PromptError
@@ -87,18 +88,29 @@ def _measure(
     """Return one entry for each length and contestant, with every run."""
     config = read_model_config(checkpoint)
     rng = np.random.default_rng(0)
-    people = _contestants(options.kind, checkpoint, max(lengths) + options.steps)
+    max_tokens = max(lengths) + options.steps
+    people: Sequence[Contestant]
+    runs: dict[str, Callable[[list[int]], Measured]]
+    if options.kind == "prefill":
+        people = prefill_people = _prefill_contestants(checkpoint, max_tokens)
+        runs = {person.name: person.prefill for person in prefill_people}
+    else:
+        people = decode_people = _decode_contestants(checkpoint, max_tokens)
+        runs = {
+            person.name: functools.partial(person.decode, steps=options.steps)
+            for person in decode_people
+        }
     entries: list[dict[str, Any]] = []
     try:
         for length in lengths:
             ids = rng.integers(0, min(256, config.vocab_size), length).tolist()
-            measured: dict[str, list[Measured]] = {person.name: [] for person in people}
+            measured: dict[str, list[Measured]] = {name: [] for name in runs}
             if length == lengths[0]:  # warm up
-                for person in people:
-                    _once(options, person, ids)
+                for run_once in runs.values():
+                    run_once(ids)
             for repeat in range(options.repeats):
-                for person in people:
-                    measured[person.name].append(_once(options, person, ids))
+                for name, run_once in runs.items():
+                    measured[name].append(run_once(ids))
                 print(f"{length} tokens: round {repeat + 1} of {options.repeats}", file=sys.stderr)
             entries += [_entry(length, name, done) for name, done in measured.items()]
     finally:
@@ -107,25 +119,32 @@ def _measure(
     return entries
 
 
-def _once(options: argparse.Namespace, person: Contestant, ids: list[int]) -> Measured:
-    if options.kind == "prefill":
-        return person.prefill(ids)
-    return person.decode(ids, options.steps)
+def _decode_contestants(checkpoint: Path, max_tokens: int) -> list[DecodeContestant]:
+    return [
+        _ours("N=2", checkpoint, 2, 1, max_tokens),
+        _ours("N=1, 2 threads", checkpoint, 1, 2, max_tokens),
+        contestants.Transformers("transformers, 2 threads", checkpoint, 2),
+    ]
 
 
-def _contestants(kind: str, checkpoint: Path, max_tokens: int) -> list[Contestant]:
-    def ours(name: str, num_ranks: int, threads: int) -> Contestant:
-        return contestants.Ours(
-            name, checkpoint, context_parallel_size=num_ranks, threads_per_rank=threads,
-            max_model_len=max_tokens + 1,
-        )  # fmt: skip
+def _prefill_contestants(checkpoint: Path, max_tokens: int) -> list[Contestant]:
+    return [
+        *_decode_contestants(checkpoint, max_tokens),
+        _ours("N=1", checkpoint, 1, 1, max_tokens),
+        contestants.Ideal("ideal N=2", checkpoint, 2, max_tokens),
+    ]
 
-    people = [ours("N=2", 2, 1), ours("N=1, 2 threads", 1, 2)]
-    if kind == "prefill":
-        people.append(ours("N=1", 1, 1))
-        people.append(contestants.Ideal("ideal N=2", checkpoint, 2, max_tokens))
-    people.append(contestants.Transformers("transformers, 2 threads", checkpoint, 2))
-    return people
+
+def _ours(
+    name: str, checkpoint: Path, num_ranks: int, threads: int, max_tokens: int
+) -> contestants.Ours:
+    return contestants.Ours(
+        name,
+        checkpoint,
+        context_parallel_size=num_ranks,
+        threads_per_rank=threads,
+        max_model_len=max_tokens + 1,
+    )
 
 
 def _entry(length: int, name: str, measured: list[Measured]) -> dict[str, Any]:

@@ -36,18 +36,22 @@ class Measured:
 
 
 class Contestant(Protocol):
-    """Somebody whose prefill (and decode) is timed."""
+    """Somebody whose prefill is timed, in processes that end with `close`."""
 
     name: str
 
     def prefill(self, token_ids: Sequence[int]) -> Measured:
         """Compute a prompt and its first token."""
 
-    def decode(self, token_ids: Sequence[int], steps: int) -> Measured:
-        """Return the mean time of one decode step behind a prompt, greedy."""
-
     def close(self) -> None:
         """End the processes."""
+
+
+class DecodeContestant(Contestant, Protocol):
+    """Somebody whose decode is timed too."""
+
+    def decode(self, token_ids: Sequence[int], steps: int) -> Measured:
+        """Return the mean time of one greedy decode step behind a prompt."""
 
 
 class Ours:
@@ -110,9 +114,6 @@ class Ideal:
         return Measured(
             max(result.wall_s for result, _ in results), max(peak for _, peak in results)
         )
-
-    def decode(self, token_ids: Sequence[int], steps: int) -> Measured:
-        raise NotImplementedError("the ideal is defined for prefill")
 
     def close(self) -> None:
         for rank in self._ranks:

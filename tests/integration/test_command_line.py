@@ -147,6 +147,18 @@ def test_check_gives_a_verdict(needle: Path, capsys: pytest.CaptureFixture[str])
     assert "give -cp 2 or more" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("shared_ray")
+def test_bench_decode_measures_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours and transformers in one run, with where the time went."""
+    command = ["bench", "decode", "--model", "needle", "--lengths", "64", "--repeats", "1"]
+    assert main([*command, "--steps", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = [run["name"] for run in report["runs"]]
+    assert names == ["N=2", "N=1, 2 threads", "transformers, 2 threads"]
+    assert report["runs"][0]["parts_s"].keys() >= {"attention", "exchange", "gemm", "ray"}
+    assert all(run["peak_bytes"] > 2**20 for run in report["runs"])
+
+
 def test_two_clusters_in_one_plain_script_leave_nothing(needle: Path, tmp_path: Path) -> None:
     """No ``__main__`` guard, one `LLM` after the other; processes and shared memory are gone."""
     script = tmp_path / "script.py"
