@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.generation import Generation
 from models.sampling import SamplingParams
 from tests.checkpoints import write_llama_checkpoint
 from tests.oracle import assert_greedy, oracle_logits
@@ -66,6 +67,20 @@ def test_16_bit_logits_are_no_further_from_float32_than_transformers(
         with ThreadCluster(checkpoint, num_ranks) as cluster:
             ours = cluster.logits(ids)
         assert (ours - exact).square().mean() <= 1.05 * (theirs - exact).square().mean()
+
+
+def test_decoded_positions_one_too_high_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect that copied answers would survive: the tests above must be red with it."""
+    checkpoint = write_llama_checkpoint(tmp_path)
+    right = vars(Generation)["cached_tokens"].fget
+    monkeypatch.setattr(Generation, "cached_tokens", property(lambda self: right(self) + 1))
+    prompt = list(range(100, 140))
+    with ThreadCluster(checkpoint, 2) as cluster:
+        answer = cluster.generate(prompt)
+    with pytest.raises(AssertionError, match="transformers says"):
+        assert_greedy(checkpoint, prompt, answer)
 
 
 def test_decode_blocks_may_be_of_any_length(tmp_path: Path) -> None:
