@@ -92,7 +92,7 @@ def test_same_seed_same_tokens(llama: Path) -> None:
 def test_lost_rank_ends_the_request_with_its_name(needle: Path, kill: signal.Signals) -> None:
     """A dead or silent rank is named within 30 s, and no process of the ring stays."""
     demo = make_demo(32768, seed=2)
-    overrides = ["ring.heartbeat_timeout_s=4"]
+    overrides = ["ring.heartbeat_timeout_s=8"]
     with LLM(needle, context_parallel_size=2, overrides=overrides) as llm:
         pids = [worker.pid for worker in llm.info.workers]
         killer = threading.Timer(1.5, os.kill, (pids[1], kill))
