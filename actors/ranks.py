@@ -17,6 +17,7 @@ from actors.placement import Place
 from configs import RingConfig
 from models.errors import RingspanError
 
+# Heartbeats and progress are answered on threads of their own while a step computes.
 CONTROL = "control"
 DIAGNOSIS_S = 5.0  # to find which rank it was that died
 

@@ -9,11 +9,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.coordinator import Coordinator
 from actors.messages import WorkerSpec
 from actors.placement import Place
+from actors.ranks import CONTROL
 from actors.worker import GPUWorker
 from configs import Config
-
-# Heartbeats and progress are answered on threads of their own while a step computes.
-CONTROL = "control"
 
 
 def create_coordinator(config: Config) -> Any:

@@ -6,6 +6,7 @@ only waits.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.messages import Draw, PrefillPlan, RequestOutput, StepResult, WorkerSpec
+from actors.messages import Draw, PrefillPlan, RequestOutput, StepRecord, StepResult, WorkerSpec
 from actors.remote import create_plain
 from actors.worker import GPUWorker
 from cluster.llm import LLM
@@ -66,24 +67,18 @@ class Ours:
         for pid in self._pids:
             reset_peak_rss(pid)
         step = self._run(token_ids, 1).steps[0]
-        parts: dict[str, float] = {}
-        for parts_s in step.ranks_parts_s:
-            for part, seconds in parts_s.items():
-                parts[part] = parts.get(part, 0.0) + seconds / step.num_ranks
-        mean_wall_s = sum(step.ranks_wall_s) / step.num_ranks
-        parts["other"] = mean_wall_s - sum(parts.values())
-        parts["ray"] = step.wall_s - max(step.ranks_wall_s)
-        return Measured(step.wall_s, max(map(peak_rss_bytes, self._pids)), parts)
+        return Measured(step.wall_s, self._peak_bytes(), _parts_s(step))
 
     def decode(self, token_ids: Sequence[int], steps: int) -> Measured:
-        output = self._run(token_ids, 1 + steps)
-        seconds = sum(step.wall_s for step in output.steps[1:])
-        parts: dict[str, float] = {}
-        for step in output.steps[1:]:
-            for part, value in step.ranks_parts_s[0].items():
-                parts[part] = parts.get(part, 0.0) + value / steps
-            parts["ray"] = parts.get("ray", 0.0) + (step.wall_s - max(step.ranks_wall_s)) / steps
-        return Measured(seconds / steps, max(map(peak_rss_bytes, self._pids)), parts)
+        bursts = self._run(token_ids, 1 + steps).steps[1:]
+        parts: Counter[str] = Counter()
+        for burst in bursts:
+            parts.update({part: seconds / steps for part, seconds in _parts_s(burst).items()})
+        seconds = sum(burst.wall_s for burst in bursts) / steps
+        return Measured(seconds, self._peak_bytes(), dict(parts))
+
+    def _peak_bytes(self) -> int:
+        return max(map(peak_rss_bytes, self._pids))
 
     def close(self) -> None:
         self._llm.close()
@@ -222,6 +217,17 @@ class _TransformersRunner:
             output = self._model(token, past_key_values=output.past_key_values, use_cache=True)
         int(output.logits[0, -1].argmax())
         return Measured((time.perf_counter() - start_s) / steps, peak_rss_bytes(os.getpid()))
+
+
+def _parts_s(step: StepRecord) -> dict[str, float]:
+    """Return where a step's time went: the mean over its ranks, and what Ray took on top."""
+    total: Counter[str] = Counter()
+    for parts_s in step.ranks_parts_s:
+        total.update(parts_s)
+    mean = {part: seconds / step.num_ranks for part, seconds in total.items()}
+    mean["other"] = sum(step.ranks_wall_s) / step.num_ranks - sum(mean.values())
+    mean["ray"] = step.wall_s - max(step.ranks_wall_s)
+    return mean
 
 
 def reset_peak_rss(pid: int) -> None:

@@ -8,7 +8,7 @@ Letters: T = tokens on this rank, E = hidden size, F = intermediate size, V =
 vocabulary; H, K, J, D as in `attention`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -59,7 +59,6 @@ class Decoder:
         timer: PartTimer,
         *,
         keep_rows: Sequence[int] | None = None,
-        on_layer: Callable[[int], None] = lambda layer: None,
     ) -> Tensor:
         """Return the last layer's hidden states ``[rows, E]`` of the kept rows (None: of all).
 
@@ -90,7 +89,6 @@ class Decoder:
                 else:
                     x_TE += out_TE
                     self._add_mlp(layer, x_TE, x_TE)
-            on_layer(index)
         return x_TE
 
     @torch.inference_mode()
