@@ -1,37 +1,58 @@
 """One answer while it is made: its tokens, its text, its log-probabilities, its steps."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 
 from actors.detokenizer import AnswerText
 from actors.generation import Generation
 from actors.logprobs import Spell, read_logprobs, read_prompt_logprobs
-from actors.messages import CompletionOutput, Logprobs, StepRecord, StepResult
+from actors.messages import (
+    CompletionOutput,
+    Logprobs,
+    PrefillPlan,
+    SequenceResult,
+    StepRecord,
+    StepResult,
+)
+from actors.scheduler import Step
 from models.logprobs import TokenLogprobs, join_logprobs
 
 
 class Answer:
-    """What the ranks' results add up to."""
+    """What the ranks' results add up to. Made in the coordinator's event loop."""
 
     def __init__(self, generation: Generation, text: AnswerText | None) -> None:
         """Begin; ``text`` is the generation's own, None without a tokenizer."""
         self.generation = generation
         self.records: list[StepRecord] = []
-        self.first_token_s = 0.0  # by time.perf_counter
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.begin_s = 0.0  # of its first step, by time.perf_counter
+        self.first_token_s = 0.0
         self._text = text
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] = []  # of each rank
 
-    def take(self, record: StepRecord, results: Sequence[StepResult], sampling_rank: int) -> None:
-        """Take what all ranks made of the generation's plan."""
-        sampled = results[sampling_rank]
-        self.generation.advance(sampled.token_ids)
+    def take(self, record: StepRecord, results: Sequence[SequenceResult]) -> None:
+        """Take what each rank made of this sequence in a step."""
         self.records.append(record)
-        self.first_token_s = self.first_token_s or time.perf_counter()
-        if sampled.logprobs is not None:
-            self._logprobs.append(sampled.logprobs)
-        of_ranks = [result.prompt_logprobs for result in results]
-        self._prompt_logprobs += [rows for rows in of_ranks if rows is not None]
+        if self.generation.token_ids:
+            self.first_token_s = self.first_token_s or time.perf_counter()
+        for result in results:
+            if result.logprobs is not None:
+                self._logprobs.append(result.logprobs)
+            if result.prompt_logprobs is not None:
+                self._prompt_logprobs.append(result.prompt_logprobs)
+
+    def complete(self) -> None:
+        """Wake whoever waits for the answer."""
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """Tell whoever waits that there will be no answer."""
+        if not self.done.done():
+            self.done.set_exception(error)
 
     def completion(self, index: int, spell: Spell) -> CompletionOutput:
         """Return the answer, which is complete."""
@@ -67,3 +88,33 @@ class Answer:
         if not self._prompt_logprobs:
             return None
         return read_prompt_logprobs(self._prompt_logprobs, prompt_tokens, spell)
+
+
+def step_record(step: Step, results: Sequence[StepResult], wall_s: float) -> StepRecord:
+    """Return what a step was, and where its time went."""
+    plan = step.plan
+    is_prefill = isinstance(plan, PrefillPlan)
+    sampled = sum(
+        max(len(result.sequences[index].token_ids) for result in results)
+        for index in range(len(step.generations))
+    )
+    return StepRecord(
+        number=plan.number,
+        phase="prefill" if is_prefill else "decode",
+        sequence_ids=tuple(generation.sequence_id for generation in step.generations),
+        new_tokens=step.new_tokens if is_prefill else sampled,
+        cached_tokens=step.cached_tokens,
+        algorithm=step.algorithm,
+        num_ranks=len(results),
+        predicted_s=step.predicted_s,
+        prices_s={} if step.choice is None else step.choice.prices_s,
+        wall_s=wall_s,
+        ranks_wall_s=tuple(result.wall_s for result in results),
+        ranks_parts_s=tuple(result.parts_s for result in results),
+    )
+
+
+def joint_records(answers: Sequence[Answer]) -> tuple[StepRecord, ...]:
+    """Return the steps that some answers took part in, each once."""
+    by_number = {record.number: record for answer in answers for record in answer.records}
+    return tuple(by_number[number] for number in sorted(by_number))

@@ -8,6 +8,8 @@ from actors.messages import WorkerInfo
 from actors.placement import Place
 from configs import Config
 
+CPU_CACHE_BYTES = 4 * 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterInfo:
@@ -30,7 +32,10 @@ def size_pool(
     *,
     has_tokenizer: bool,
 ) -> ClusterInfo:
-    """Give every rank as many pages as one sequence of max_model_len needs, if they fit.
+    """Give every rank the pages that fit; on CPU not more than are asked for or of use.
+
+    One sequence of max_model_len must fit, evenly sharded. On CPU, where memory is
+    other people's too, conversations are kept in `CPU_CACHE_BYTES` of a host beyond that.
 
     Raises:
         PlacementError: They do not.
@@ -50,7 +55,11 @@ def size_pool(
             f" {pages_that_fit * page_bytes / 2**30:.3g} GiB are free: lower max_model_len (at"
             f" most {max(0, fitting_len)} fit) or use more ranks"
         )
-    num_pages = min(wanted_pages, pages_that_fit)
+    num_pages = pages_that_fit
+    if infos[0].device == "cpu" and config.kv_cache_memory_bytes is None:
+        hosts = [where.host for where in places]
+        per_rank_bytes = CPU_CACHE_BYTES // max(map(hosts.count, hosts))
+        num_pages = min(pages_that_fit, max(wanted_pages, per_rank_bytes // page_bytes))
     return ClusterInfo(
         model=config.model,
         num_ranks=num_ranks,

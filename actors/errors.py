@@ -5,6 +5,7 @@ ClusterError
 +-- RayUnreachable   there is no Ray cluster at the address given
 +-- RankLost         a rank died or stopped answering
 +-- StepFailed       a step failed on a rank that is still alive
++-- TraceError       a trace that cannot be started, stopped or written
 """
 
 from models.errors import RingspanError
@@ -28,3 +29,7 @@ class RankLost(ClusterError):
 
 class StepFailed(ClusterError):
     """A step failed on a rank that is still alive."""
+
+
+class TraceError(ClusterError):
+    """A trace cannot be started, stopped or written."""

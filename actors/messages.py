@@ -9,13 +9,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from attention import Zigzag
+from attention.spans import StepSpans
 from models.draw import Filters
 from models.logits import LogitRules
 from models.logprobs import TokenLogprobs
+from models.page_table import CacheOp
 from models.sampling import SamplingParams
 
 TokenIds = npt.NDArray[np.int32]
-Algorithm = Literal["pass_kv"]
+Algorithm = Literal["pass_kv", "pass_q"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class WorkerSpec:
     device: Literal["cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     page_tokens: int
+    piece_bytes: int  # of a message in the ring
     threads: int  # of torch, in this rank's process
     ranks_on_host: int
     gpu_memory_utilization: float
@@ -42,6 +46,7 @@ class WorkerInfo:
     pid: int
     host: str
     device: str
+    device_name: str
     dtype: str
     weights_bytes: int
     kv_bytes_per_token: int
@@ -62,52 +67,98 @@ class Draw:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillPlan:
-    """One step: compute a prompt's new tokens on all ranks and sample one token.
+class PrefillChunk:
+    """New tokens of one sequence, all computed in one step, after those that the ranks hold."""
 
-    An answer that was interrupted goes on with a plan of the prompt and its tokens.
-    """
-
-    number: int
     sequence_id: int
-    token_ids: TokenIds
-    algorithm: Algorithm
-    draw: Draw
-    sampling_rank: int
-    answer_tokens: int = 0  # so many of token_ids, the last ones, are the answer's so far
+    token_ids: TokenIds  # the new ones
+    cached_rows: tuple[int, ...]  # of each rank, before this chunk
+    home: int | None  # the rank that computes it whole; None: it is sharded over the ring
+    first_rank: int  # of the zigzag: the rank that holds the last new token
+    draw: Draw | None  # None: nothing is sampled yet, more chunks follow
+    # All tokens up to here, of which the last answer_tokens are the answer's so far; only where
+    # the draw depends on them.
+    context_ids: TokenIds | None = None
+    answer_tokens: int = 0
     prompt_logprobs: int | None = None  # as `Draw.logprobs`, of all token_ids but the first
-    release: tuple[int, ...] = ()  # sequences whose pages are given back first
+
+    @property
+    def start(self) -> int:
+        """The position of the first new token."""
+        return sum(self.cached_rows)
+
+    @property
+    def sampling_rank(self) -> int:
+        """The rank that holds the last new token, and samples what follows it."""
+        return self.first_rank if self.home is None else self.home
+
+    def zigzag(self) -> Zigzag:
+        """Return the cut of the new tokens over the ring."""
+        return Zigzag(
+            num_tokens=len(self.token_ids),
+            num_ranks=len(self.cached_rows),
+            start=self.start,
+            first_rank=self.first_rank,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodePlan:
-    """A burst of decode steps; it ends early at a stop id."""
+class PrefillPlan:
+    """One step over the new tokens of some sequences; samples a token of each that is complete."""
 
     number: int
+    cache_ops: tuple[CacheOp, ...]  # executed first, in their order
+    ended: tuple[int, ...]  # sequences whose answers are complete: the sampler forgets them
+    chunks: tuple[PrefillChunk, ...]
+    algorithm: Algorithm  # of the sharded ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRow:
+    """One sequence of a burst of decode steps; it leaves the burst at a stop id."""
+
     sequence_id: int
     token_id: int  # the last token, not computed yet
     position: int  # its position
     index: int  # of the first token to be sampled, within the answer
     owners: tuple[int, ...]  # the rank that keeps the KV, for each step of the burst
-    draw: Draw
+    home: int | None  # the rank that holds all of it and decodes it alone; None: all ranks do
     sampling_rank: int
-    release: tuple[int, ...] = ()
+    draw: Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodePlan:
+    """A burst of decode steps of some sequences; rows may have fewer steps than others."""
+
+    number: int
+    cache_ops: tuple[CacheOp, ...]
+    ended: tuple[int, ...]
+    rows: tuple[DecodeRow, ...]
 
 
 Plan = PrefillPlan | DecodePlan
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequenceResult:
+    """What one rank knows of a sequence after a plan."""
+
+    token_ids: tuple[int, ...]  # sampled; () where this rank took no part, or nothing was sampled
+    logprobs: TokenLogprobs | None = None  # of these, from the sampling rank
+    prompt_logprobs: TokenLogprobs | None = None  # of the tokens that follow this rank's own
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One rank's account of a plan; the sampled tokens come from every rank alike."""
+    """One rank's account of a plan."""
 
     rank: int
     number: int
-    token_ids: tuple[int, ...]
+    sequences: tuple[SequenceResult, ...]  # in the plan's order
     wall_s: float
     parts_s: dict[str, float]
-    logprobs: TokenLogprobs | None = None  # of the sampled tokens, from the sampling rank
-    prompt_logprobs: TokenLogprobs | None = None  # of the tokens that follow this rank's own
+    spans: StepSpans | None = None  # while a trace is recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +168,12 @@ class StepRecord:
     number: int
     phase: Literal["prefill", "decode"]
     sequence_ids: tuple[int, ...]
-    new_tokens: int  # computed in this step: the chunk of a prefill, the burst of a decode
-    cached_tokens: int
-    algorithm: str
+    new_tokens: int  # computed in this step: the chunks of a prefill, the burst of a decode
+    cached_tokens: int  # before it, of all these sequences
+    algorithm: str  # what was chosen
     num_ranks: int
-    predicted_s: float | None
+    predicted_s: float | None  # of this choice; None without measured rates
+    prices_s: dict[str, float]  # of each choice there was, where they were compared
     wall_s: float  # seen by the coordinator
     ranks_wall_s: tuple[float, ...]
     ranks_parts_s: tuple[dict[str, float], ...]
@@ -135,10 +187,12 @@ class StepRecord:
                 zip(self.ranks_wall_s, self.ranks_parts_s, strict=True)
             )
         )
+        predicted = "" if self.predicted_s is None else f", predicted {self.predicted_s * 1e3:.1f}"
+        prices = " ".join(f"{name} {s * 1e3:.1f}" for name, s in sorted(self.prices_s.items()))
         return (
             f"step {self.number} {self.phase} {self.new_tokens} tokens after"
             f" {self.cached_tokens}, {self.algorithm} over {self.num_ranks} ranks,"
-            f" {self.wall_s * 1e3:.1f} ms ({ranks})"
+            f" {self.wall_s * 1e3:.1f} ms{predicted}{prices and f' of {prices}'} ({ranks})"
         )
 
 
@@ -151,13 +205,13 @@ class Request:
     token_ids: TokenIds | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
+    cache_salt: str = ""  # prompts of one salt share their prefixes' KV, of two never
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far the prefill of a request has come."""
+    """How far the prefill under way has come."""
 
-    request_id: str
     total_tokens: int
     done_tokens: int
     elapsed_s: float

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from actors.messages import Plan, PrefillPlan
+from actors.messages import Draw, PrefillChunk
 from models.draw import sample
 from models.logits import History, apply_rules
 from models.logprobs import TokenLogprobs, join_logprobs, token_logprobs
 
 
 class Sampler:
-    """Chooses the tokens of a plan, one after another.
+    """Chooses the next tokens of sequences.
 
     A sequence whose logits are changed by what came before has a `History`. It is
     made from the tokens of its prefill, so a sequence that begins again has it too.
@@ -21,27 +21,29 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._histories: dict[int, History] = {}
-        self._logprobs: list[TokenLogprobs] = []
+        self._logprobs: dict[int, list[TokenLogprobs]] = {}
 
-    def begin(self, plan: PrefillPlan) -> None:
+    def begin(self, chunk: PrefillChunk) -> None:
         """Take the tokens of a sequence that begins, or begins again."""
-        self._histories.pop(plan.sequence_id, None)
-        if plan.draw.rules is not None:
-            ids = plan.token_ids.tolist()
-            prompt_tokens = len(ids) - plan.answer_tokens
-            self._histories[plan.sequence_id] = History(
+        self.forget(chunk.sequence_id)
+        if chunk.context_ids is not None:
+            ids = chunk.context_ids.tolist()
+            prompt_tokens = len(ids) - chunk.answer_tokens
+            self._histories[chunk.sequence_id] = History(
                 ids[:prompt_tokens], ids[prompt_tokens:], self._vocab_size, self._device
             )
 
-    def release(self, sequence_id: int) -> None:
+    def forget(self, sequence_id: int) -> None:
         """Forget a sequence; one that is not known is no error."""
         self._histories.pop(sequence_id, None)
 
     @torch.inference_mode()
-    def choose(self, logits_V: Tensor, plan: Plan, index: int) -> tuple[int, bool]:
-        """Return the token at ``index`` of the answer, and whether it ends the answer."""
-        draw, raw_V = plan.draw, logits_V
-        history = self._histories.get(plan.sequence_id)
+    def choose(
+        self, logits_V: Tensor, sequence_id: int, draw: Draw, index: int
+    ) -> tuple[int, bool]:
+        """Return the token at ``index`` of an answer, and whether it ends the answer."""
+        raw_V = logits_V
+        history = self._histories.get(sequence_id)
         if draw.rules is not None:
             assert history is not None, "the prefill of this sequence had no rules"
             logits_V = apply_rules(logits_V, draw.rules, history)
@@ -56,12 +58,11 @@ class Sampler:
             history.append(token_id)
         if draw.logprobs is not None:
             ids_1 = torch.tensor([token_id], device=raw_V.device)
-            self._logprobs.append(token_logprobs(raw_V.unsqueeze(0), ids_1, draw.logprobs))
+            found = token_logprobs(raw_V.unsqueeze(0), ids_1, draw.logprobs)
+            self._logprobs.setdefault(sequence_id, []).append(found)
         return token_id, token_id in draw.stop_ids
 
-    def take_logprobs(self) -> TokenLogprobs | None:
+    def take_logprobs(self, sequence_id: int) -> TokenLogprobs | None:
         """Return those of the tokens chosen since the last call, where they were asked for."""
-        if not self._logprobs:
-            return None
-        taken, self._logprobs = join_logprobs(self._logprobs), []
-        return taken
+        taken = self._logprobs.pop(sequence_id, None)
+        return None if taken is None else join_logprobs(taken)

@@ -11,20 +11,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from actors.device_memory import available_kv_bytes
 from actors.errors import PlacementError
-from actors.messages import DecodePlan, Plan, PrefillPlan, StepResult, WorkerInfo, WorkerSpec
-from actors.sampler import Sampler
-from attention import PassKVAttention, Ring, Zigzag
+from actors.executor import PlanExecutor
+from actors.messages import Plan, StepResult, WorkerInfo, WorkerSpec
+from actors.profile_file import device_name
+from actors.profiler import measure
+from attention import Ring
+from attention.clocks import RankClock, ring_clock
 from attention.ring import connect_ring
+from attention.spans import SpanRecorder
 from attention.timing import PartTimer
+from attention.traced_ring import TracedRing
 from models.config import read_model_config
 from models.decoder import Decoder
-from models.layer_attention import DecodeAttention, PrefillAttention
-from models.logprobs import TokenLogprobs, logprobs_in_pieces
 from models.page_pool import PagePool
+from models.rates import Rates
 from models.weights import load_weights, weights_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,12 +43,11 @@ class GPUWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         """Only store the spec: whatever can fail happens in `load` and reaches the caller."""
         self._spec = spec
-        self._rounds_done = 0
-        self._rounds = 0
         self._decoder: Decoder
         self._pool: PagePool
         self._ring: Ring
-        self._sampler: Sampler
+        self._executor: PlanExecutor
+        self._recorder: SpanRecorder | None = None
 
     def load(self) -> WorkerInfo:
         """Read the checkpoint onto this rank's device.
@@ -62,12 +64,12 @@ class GPUWorker:
         dtype = config.dtype if spec.dtype == "auto" else DTYPES[spec.dtype]
         weights = load_weights(directory, config, device=self._device, dtype=dtype)
         self._decoder = Decoder(config, weights)
-        self._sampler = Sampler(config.vocab_size, self._device)
         return WorkerInfo(
             rank=spec.rank,
             pid=os.getpid(),
             host=socket.gethostname(),
             device=str(self._device),
+            device_name=device_name(self._device),
             dtype=str(dtype).removeprefix("torch."),
             weights_bytes=weights_bytes(config, dtype),
             kv_bytes_per_token=(
@@ -91,9 +93,7 @@ class GPUWorker:
             device=self._device,
         )
 
-    def connect(
-        self, host: str, port: int, generation: int, *, ring_timeout_s: float, piece_bytes: int
-    ) -> None:
+    def connect(self, host: str, port: int, generation: int, *, ring_timeout_s: float) -> None:
         """Join the ring of a generation through the coordinator's TCPStore.
 
         Raises:
@@ -107,13 +107,30 @@ class GPUWorker:
                 self._spec.num_ranks,
                 self._device,
                 timeout_s=ring_timeout_s,
-                piece_bytes=piece_bytes,
+                piece_bytes=self._spec.piece_bytes,
             )
         )
 
     def join(self, ring: Ring) -> None:
         """Take this rank's end of a ring."""
         self._ring = ring
+        self._executor = PlanExecutor(
+            self._decoder, self._pool, ring, piece_bytes=self._spec.piece_bytes
+        )
+
+    def profile(self) -> Rates:
+        """Measure what this ring does in a second; all ranks at once, and all get the same."""
+        return measure(self._decoder, self._ring, page_tokens=self._spec.page_tokens)
+
+    def start_trace(self, max_spans: int) -> RankClock:
+        """Record spans of the steps from now on, at most so many; every rank must be told."""
+        self._recorder = SpanRecorder(self._device, max_spans)
+        self._executor.ring = TracedRing(self._ring, self._recorder)
+        return ring_clock(self._ring, self._device)
+
+    def stop_trace(self) -> None:
+        """Record no more."""
+        self._recorder, self._executor.ring = None, self._ring
 
     def execute(self, plan: Plan) -> StepResult:
         """Run all layers and all ring rounds of one plan; every rank gets the same plan.
@@ -121,125 +138,29 @@ class GPUWorker:
         Raises:
             RuntimeError: A peer was lost or did not answer in time.
         """
-        start_s, timer = time.perf_counter(), PartTimer(self._device)
-        for sequence_id in plan.release:
-            self._pool.release(sequence_id)
-            self._sampler.release(sequence_id)
-        prompt_logprobs: TokenLogprobs | None = None
-        if isinstance(plan, PrefillPlan):
-            token_ids, prompt_logprobs = self._prefill(plan, timer)
-        else:
-            token_ids = self._decode(plan, timer)
+        start_s, timer = time.perf_counter(), PartTimer(self._device, self._recorder)
+        sequences = self._executor.execute(plan, timer)
+        parts_s, end_s = timer.seconds(), time.perf_counter()
         return StepResult(
             rank=self._spec.rank,
             number=plan.number,
-            token_ids=token_ids,
-            parts_s=timer.seconds(),
-            wall_s=time.perf_counter() - start_s,
-            logprobs=self._sampler.take_logprobs(),
-            prompt_logprobs=prompt_logprobs,
+            sequences=sequences,
+            parts_s=parts_s,
+            wall_s=end_s - start_s,
+            spans=None if self._recorder is None else self._recorder.take(start_s, end_s),
         )
 
     def progress(self) -> float:
         """Return the share of the prefill under way that is done, 0 to 1."""
-        return self._rounds_done / max(1, self._rounds)
+        return self._executor.progress
 
     def ping(self) -> int:
         """Say that this rank is alive."""
         return self._spec.rank
 
-    def _prefill(
-        self, plan: PrefillPlan, timer: PartTimer
-    ) -> tuple[tuple[int, ...], TokenLogprobs | None]:
-        ring = self._ring
-        zigzag = Zigzag(num_tokens=len(plan.token_ids), num_ranks=ring.size)
-        indices_T = zigzag.indices(ring.rank)
-        ids_T = torch.from_numpy(plan.token_ids).long()[indices_T].to(self._device)
-        self._pool.grow(plan.sequence_id, len(ids_T))
-        keeps_all = plan.prompt_logprobs is not None
-        last_layer = self._decoder.config.num_layers - 1
-        # The last layer goes round the ring only where all of its rows are wanted.
-        self._rounds_done, self._rounds = 0, (last_layer + keeps_all) * ring.size
-        around_ring = PassKVAttention(zigzag, ring, timer, on_round=self._count_round)
-        samples = ring.rank == plan.sampling_rank
-        last_row = [len(ids_T) - 1] if samples else []
-        hidden_TE = self._decoder.forward(
-            ids_T,
-            zigzag.positions(ring.rank).to(self._device),
-            PrefillAttention(
-                plan.sequence_id,
-                self._pool,
-                ring,
-                around_ring,
-                timer,
-                last_layer=None if keeps_all else last_layer,
-                query_rank=plan.sampling_rank,
-            ),
-            timer,
-            keep_rows=None if keeps_all else last_row,
-        )
-        prompt_logprobs = None
-        if keeps_all:
-            prompt_logprobs = self._prompt_logprobs(hidden_TE, indices_T, plan, timer)
-            hidden_TE = hidden_TE[last_row]
-        if samples:
-            self._sampler.begin(plan)
-        token_id, _ = self._choose(hidden_TE, plan, plan.answer_tokens, timer)
-        return (token_id,), prompt_logprobs
-
-    def _prompt_logprobs(
-        self, hidden_TE: Tensor, indices_T: Tensor, plan: PrefillPlan, timer: PartTimer
-    ) -> TokenLogprobs:
-        """Return the log-probabilities of the tokens that follow this rank's own in the prompt."""
-        assert plan.prompt_logprobs is not None
-        next_T = torch.from_numpy(plan.token_ids).long()[1:]
-        # Nothing follows the last token.
-        before_next_R = indices_T[indices_T < len(next_T)]
-        with timer("sample"):
-            return logprobs_in_pieces(
-                self._decoder.logits,
-                hidden_TE[: len(before_next_R)],
-                next_T[before_next_R].to(self._device),
-                plan.prompt_logprobs,
-                self._decoder.config.vocab_size,
-            )
-
-    def _decode(self, plan: DecodePlan, timer: PartTimer) -> tuple[int, ...]:
-        token_id, token_ids = plan.token_id, []
-        for step, owner in enumerate(plan.owners):
-            keeps_kv = owner == self._ring.rank
-            if keeps_kv:
-                self._pool.grow(plan.sequence_id, 1)
-            hidden_1E = self._decoder.forward(
-                torch.tensor([token_id], device=self._device),
-                torch.tensor([plan.position + step], device=self._device),
-                DecodeAttention(plan.sequence_id, self._pool, self._ring, timer, keeps_kv=keeps_kv),
-                timer,
-            )
-            token_id, stop = self._choose(hidden_1E, plan, plan.index + step, timer)
-            token_ids.append(token_id)
-            if stop:
-                break
-        return tuple(token_ids)
-
-    def _choose(
-        self, hidden_1E: Tensor, plan: Plan, index: int, timer: PartTimer
-    ) -> tuple[int, bool]:
-        """Sample on the sampling rank; tell all ranks the token and whether it ends the answer."""
-        choice = torch.zeros(2, dtype=torch.int64)
-        if self._ring.rank == plan.sampling_rank:
-            with timer("sample"):
-                logits_V = self._decoder.logits(hidden_1E)[0]
-                choice = torch.tensor(self._sampler.choose(logits_V, plan, index))
-        if self._ring.size > 1:
-            with timer("wait"):
-                choice = choice.to(self._device)
-                self._ring.broadcast(choice, plan.sampling_rank)
-        token_id, stop = choice.tolist()
-        return token_id, bool(stop)
-
-    def _count_round(self) -> None:
-        self._rounds_done += 1
+    def clock_s(self) -> float:
+        """Return this moment, as this rank's spans tell the time."""
+        return time.perf_counter()
 
     def _find_device(self) -> torch.device:
         if self._spec.device == "cpu":

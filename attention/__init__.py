@@ -20,18 +20,28 @@ model and no configuration.
 
 from attention.kernel import attend
 from attention.merge import merge_into, merge_stacked
+from attention.paged import PagedRows, copy_page
 from attention.pass_kv import PassKVAttention
+from attention.pass_q import PassQAttention
 from attention.ring import ProcessGroupRing, Ring
+from attention.ring_attention import RingAttention
+from attention.ring_sequence import RingSequence
 from attention.thread_ring import ThreadRanks
-from attention.zigzag import Zigzag
+from attention.zigzag import Sight, Zigzag
 
 __all__ = [
+    "PagedRows",
     "PassKVAttention",
+    "PassQAttention",
     "ProcessGroupRing",
     "Ring",
+    "RingAttention",
+    "RingSequence",
+    "Sight",
     "ThreadRanks",
     "Zigzag",
     "attend",
+    "copy_page",
     "merge_into",
     "merge_stacked",
 ]

@@ -1,13 +1,14 @@
 """One local block of attention: `attend(q, k, v) -> (out, lse)`, by the kernel of the device.
 
-CPU: torch's flash kernel. CUDA: flash attention in 16 bit, the
-memory-efficient kernel in float32 (`attention.cuda_kernels`). Every kernel's own
-layout and result is converted in these two files and nowhere else.
+CPU: torch's flash kernel (`attention.cpu_kernel`). CUDA: flash attention in 16 bit,
+the memory-efficient kernel in float32 (`attention.cuda_kernels`). Every kernel's own
+layout and result is converted in those two files and nowhere else.
 """
 
 import torch
 from torch import Tensor
 
+from attention.cpu_kernel import attend_cpu
 from attention.cuda_kernels import attend_cuda
 
 
@@ -30,7 +31,7 @@ def attend(
     # An empty query or key set ends the process inside the CPU kernel.
     if q_THD.shape[0] == 0 or k_SKD.shape[0] == 0:
         return empty_partial(q_THD)
-    kernel = _attend_cpu if q_THD.device.type == "cpu" else attend_cuda
+    kernel = attend_cpu if q_THD.device.type == "cpu" else attend_cuda
     return kernel(q_THD, k_SKD, v_SKD, causal, scale)
 
 
@@ -38,13 +39,3 @@ def empty_partial(q_THD: Tensor) -> tuple[Tensor, Tensor]:
     """Return the partial over no keys: ``out = 0, lse = -inf``."""
     out_THD = torch.zeros(q_THD.shape, dtype=torch.float32, device=q_THD.device)
     return out_THD, out_THD.new_full(q_THD.shape[:2], -torch.inf)
-
-
-def _attend_cpu(
-    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    q_1HTD, k_1KSD, v_1KSD = (x.transpose(0, 1).unsqueeze(0) for x in (q_THD, k_SKD, v_SKD))
-    out_1HTD, lse_1HT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_1HTD, k_1KSD, v_1KSD, 0.0, causal, scale=scale
-    )
-    return out_1HTD[0].transpose(0, 1).float(), lse_1HT[0].transpose(0, 1).float()

@@ -1,158 +1,240 @@
-"""Keys and values in pages: how a page lies in memory, how rows are stored, how a query reads them.
+"""Keys and values in pages: how they lie in memory, how rows are stored, how queries read them.
 
 A rank's rows of one sequence (its *run*) lie in a list of pages, in order of
-position. The layout of a page belongs to the kernel that reads it:
+position. The layout of a layer's pages belongs to the kernel that reads them:
 
-    CPU   [pages, K, C, D]   head-major: one head's keys of a page are one matrix
+    CPU   [K, pages, C, D]   head-major: one head's keys of neighbouring pages are one matrix
     CUDA  [pages, C, K, D]   as paged flash kernels want it
+
+Either way neighbouring pages are one strided view of rows, without a copy. How
+the rows are cut for the kernel follows from their number and from that of the
+queries, never from where the pages lie, so that the bits of a result do not.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attention.cpu_kernel import attend_packed, pack_groups, unpack_groups
 from attention.cuda_kernels import attend_flash_pages, flash_reads_pages
 from attention.kernel import attend, empty_partial
-from attention.merge import merge_stacked
+from attention.merge import merge_into, merge_stacked
+
+# Below so many rows of packed queries the CPU kernel takes queries in its smallest blocks, and
+# is then fastest with pages as a batch.
+_MANY_QUERY_ROWS = 192
+_BATCH_QUERY_ROWS = 16384  # of one KV head, over all pages whose partials are merged at once
+_BLOCK_ROWS = 4096  # keys of one kernel call of many queries: the bound of a gathered copy
 
 
-def page_shape(
-    device: torch.device, *, page_tokens: int, num_kv_heads: int, head_dim: int
-) -> tuple[int, int, int]:
-    """Return the shape of one page of keys (or of values) on a device."""
+def pages_shape(
+    device: torch.device, *, num_pages: int, page_tokens: int, num_kv_heads: int, head_dim: int
+) -> tuple[int, int, int, int]:
+    """Return the shape of all pages of one layer's keys (or of its values) on a device."""
     if device.type == "cpu":
-        return num_kv_heads, page_tokens, head_dim
-    return page_tokens, num_kv_heads, head_dim
+        return num_kv_heads, num_pages, page_tokens, head_dim
+    return num_pages, page_tokens, num_kv_heads, head_dim
 
 
 def store_rows(pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor) -> None:
     """Write rows ``first_row, first_row + 1, ...`` of a run whose pages are ``page_ids``."""
-    if rows_SKD.shape[0] == 0:
-        return
-    store = _store_rows_cpu if pages.device.type == "cpu" else _store_rows_cuda
-    store(pages, page_ids, first_row, rows_SKD)
-
-
-def _store_rows_cpu(
-    pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor
-) -> None:
-    for page, offset, rows_nKD in _by_page(pages, page_ids, first_row, rows_SKD, pages.shape[2]):
-        page[:, offset : offset + len(rows_nKD)].copy_(rows_nKD.transpose(0, 1))
-
-
-def _store_rows_cuda(
-    pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor
-) -> None:
-    """Write with one copy where the pages are neighbours, else with one a page."""
-    capacity, end_row = pages.shape[1], first_row + rows_SKD.shape[0]
-    first = first_row // capacity
-    run_SKD = _neighbours(pages, page_ids[first : -(-end_row // capacity)])
-    if run_SKD is not None:
-        run_SKD[first_row - first * capacity : end_row - first * capacity].copy_(rows_SKD)
-        return
-    for page, offset, rows_nKD in _by_page(pages, page_ids, first_row, rows_SKD, capacity):
-        page[offset : offset + len(rows_nKD)].copy_(rows_nKD)
-
-
-def _by_page(
-    pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor, capacity: int
-) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Yield ``(page, first row in it, rows)`` for each page that some rows belong to."""
-    done = 0
-    while done < rows_SKD.shape[0]:
-        index, offset = divmod(first_row + done, capacity)
-        count = min(capacity - offset, rows_SKD.shape[0] - done)
-        yield pages[page_ids[index]], offset, rows_SKD[done : done + count]
+    memory_SKD = _rows_of(pages)
+    end_row, done = first_row + rows_SKD.shape[0], 0
+    for start, count in _spans(page_ids, first_row, end_row, _capacity(pages)):
+        memory_SKD[start : start + count].copy_(rows_SKD[done : done + count])
         done += count
 
 
-def _neighbours(pages: Tensor, page_ids: Sequence[int]) -> Tensor | None:
-    """Return all rows ``[S, K, D]`` of these CUDA pages as one view, or None if they lie apart."""
-    first, count = page_ids[0], len(page_ids)
-    if list(page_ids) != list(range(first, first + count)):
-        return None
-    return pages[first : first + count].flatten(0, 1)
+def copy_page(pages: Tensor, source: int, target: int, num_rows: int) -> None:
+    """Copy the first rows of one page to another.
 
-
-def attend_pages(
-    q_THD: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_ids: Sequence[int],
-    num_rows: int,
-    *,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return ``(out_THD, lse_TH)`` in float32 of queries that all see the first rows of a run."""
-    if num_rows == 0 or q_THD.shape[0] == 0:
-        return empty_partial(q_THD)
-    attend_run = _attend_pages_cpu if q_THD.device.type == "cpu" else _attend_pages_cuda
-    return attend_run(q_THD, k_pages, v_pages, page_ids, num_rows, scale)
-
-
-def _attend_pages_cuda(
-    q_THD: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_ids: Sequence[int],
-    num_rows: int,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Read neighbouring pages in place, others by the kernel that can, else a gathered copy.
-
-    The pool gives out the lowest free pages, so a lone sequence's are neighbours.
+    ``pages`` has a layer's shape, after any number of leading dimensions: all
+    layers' keys and values are copied at once.
     """
-    used = page_ids[: -(-num_rows // k_pages.shape[1])]
-    k_SKD, v_SKD = _neighbours(k_pages, used), _neighbours(v_pages, used)
-    if k_SKD is not None and v_SKD is not None:
-        return attend(q_THD, k_SKD[:num_rows], v_SKD[:num_rows], scale=scale)
-    index = torch.tensor(used, dtype=torch.int32, device=q_THD.device)
-    if flash_reads_pages(k_pages):
-        return attend_flash_pages(q_THD, k_pages, v_pages, index, num_rows, scale)
-    k_SKD, v_SKD = (pages[index].flatten(0, 1)[:num_rows] for pages in (k_pages, v_pages))
-    return attend(q_THD, k_SKD, v_SKD, scale=scale)
+    page_dim, row_dim = (-3, -2) if _is_head_major(pages) else (-4, -3)
+    rows = pages.narrow(row_dim, 0, num_rows)
+    rows.select(page_dim, target).copy_(rows.select(page_dim, source))
 
 
-def _attend_pages_cpu(
-    q_THD: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_ids: Sequence[int],
-    num_rows: int,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Read the pages in place: neighbouring full pages are the batch of one kernel call.
+@dataclass(frozen=True, eq=False)
+class PagedRows:
+    """One layer's rows of one sequence on this rank, in pages."""
 
-    A KV head's group of query heads becomes rows of one matrix, so that a page's
-    keys are read once for the whole group.
-    """
-    T, H, D = q_THD.shape
-    K = k_pages.shape[1]
-    q_KRD = q_THD.view(T, K, H // K, D).transpose(0, 1).reshape(K, -1, D)
-    outs, lses = [], []
-    for first, count, rows in _page_spans(page_ids, num_rows, k_pages.shape[2]):
-        k_PKSD, v_PKSD = (pages[first : first + count, :, :rows] for pages in (k_pages, v_pages))
-        out_PKRD, lse_PKR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_KRD.expand(count, -1, -1, -1), k_PKSD, v_PKSD, scale=scale
+    k_pages: Tensor
+    v_pages: Tensor
+    page_ids: Sequence[int]
+    num_rows: int
+
+    def attend(
+        self, q_THD: Tensor, *, rows: tuple[int, int] | None = None, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(out_THD, lse_TH)`` in float32 of queries that all see the rows.
+
+        ``rows`` are the first and the one past the last; all rows by default.
+        """
+        first_row, end_row = rows or (0, self.num_rows)
+        if first_row >= end_row or q_THD.shape[0] == 0:
+            return empty_partial(q_THD)
+        if not _is_head_major(self.k_pages):
+            return self._attend_cuda(q_THD, first_row, end_row, scale)
+        q_KRD = pack_groups(q_THD, self.k_pages.shape[0])
+        few = q_KRD.shape[1] < _MANY_QUERY_ROWS
+        attend_rows = self._attend_pages if few else self._attend_blocks
+        return unpack_groups(*attend_rows(q_KRD, first_row, end_row, scale), q_THD.shape[0])
+
+    def copy_into(self, first_row: int, out_SJD: Tensor) -> None:
+        """Copy rows ``first_row, first_row + 1, ...``: keys' heads, then values' heads."""
+        k_SKD, v_SKD = out_SJD.chunk(2, dim=1)
+        end_row = first_row + out_SJD.shape[0]
+        for pages, copy_SKD in ((self.k_pages, k_SKD), (self.v_pages, v_SKD)):
+            memory_SKD, done = _rows_of(pages), 0
+            for start, count in self._spans(first_row, end_row):
+                copy_SKD[done : done + count].copy_(memory_SKD[start : start + count])
+                done += count
+
+    def _attend_pages(
+        self, q_KRD: Tensor, first_row: int, end_row: int, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Read pages in place as so many sets of keys: neighbouring ones in one kernel call."""
+        capacity = _capacity(self.k_pages)
+        batch_rows = max(1, _BATCH_QUERY_ROWS // q_KRD.shape[1]) * capacity
+        merged = []
+        for batch in range(first_row // batch_rows * batch_rows, end_row, batch_rows):
+            spans = self._spans(max(first_row, batch), min(end_row, batch + batch_rows))
+            partials = []
+            for page, count, start, end in _whole_pages(spans, capacity):
+                k_BKSD, v_BKSD = (
+                    memory[:, page : page + count, start:end].transpose(0, 1)
+                    for memory in (self.k_pages, self.v_pages)
+                )
+                partials.append(attend_packed(q_KRD, k_BKSD, v_BKSD, scale))
+            outs, lses = zip(*partials, strict=True)
+            merged.append(merge_stacked(torch.cat(outs), torch.cat(lses)))
+        if len(merged) == 1:
+            return merged[0]
+        outs, lses = zip(*merged, strict=True)
+        return merge_stacked(torch.stack(outs), torch.stack(lses))
+
+    def _attend_blocks(
+        self, q_KRD: Tensor, first_row: int, end_row: int, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Read blocks of rows, one kernel call each; in place where they are one view."""
+        merged: tuple[Tensor, Tensor] | None = None
+        for k_KSD, v_KSD in self._blocks(first_row, end_row):
+            out_1KRD, lse_1KR = attend_packed(q_KRD, k_KSD[None], v_KSD[None], scale)
+            if merged is None:
+                merged = out_1KRD[0], lse_1KR[0]
+            else:
+                merge_into(*merged, out_1KRD[0], lse_1KR[0])
+        assert merged is not None
+        return merged
+
+    def _blocks(self, first_row: int, end_row: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield keys and values ``[K, S, D]`` of every block; the next may overwrite the last."""
+        memories = [pages.flatten(1, 2) for pages in (self.k_pages, self.v_pages)]
+        gathered: Tensor | None = None
+        for block_row in range(first_row, end_row, _BLOCK_ROWS):
+            block_end = min(block_row + _BLOCK_ROWS, end_row)
+            spans = self._spans(block_row, block_end)
+            if len(spans) == 1:
+                start, count = spans[0]
+                k_KSD, v_KSD = (memory_KSD[:, start : start + count] for memory_KSD in memories)
+                yield k_KSD, v_KSD
+                continue
+            if gathered is None:
+                K, _, D = memories[0].shape
+                gathered = memories[0].new_empty(2, K, min(_BLOCK_ROWS, end_row - first_row), D)
+            for memory_KSD, copy_KSD in zip(memories, gathered, strict=True):
+                torch.cat(
+                    [memory_KSD[:, start : start + count] for start, count in spans],
+                    dim=1,
+                    out=copy_KSD[:, : block_end - block_row],
+                )
+            yield gathered[0, :, : block_end - block_row], gathered[1, :, : block_end - block_row]
+
+    def _attend_cuda(
+        self, q_THD: Tensor, first_row: int, end_row: int, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Read neighbouring pages in place, others by the kernel that can, else a gathered copy.
+
+        The pool gives out the lowest free pages, so a lone sequence's are neighbours.
+        """
+        spans = self._spans(first_row, end_row)
+        if len(spans) == 1:
+            start, count = spans[0]
+            k_SKD, v_SKD = (
+                _rows_of(pages)[start : start + count] for pages in (self.k_pages, self.v_pages)
+            )
+            return attend(q_THD, k_SKD, v_SKD, scale=scale)
+        capacity = _capacity(self.k_pages)
+        used = self.page_ids[first_row // capacity : -(-end_row // capacity)]
+        index = torch.tensor(used, dtype=torch.int32, device=q_THD.device)
+        skipped, num_rows = first_row % capacity, end_row - first_row
+        if skipped == 0 and flash_reads_pages(self.k_pages):
+            return attend_flash_pages(q_THD, self.k_pages, self.v_pages, index, num_rows, scale)
+        k_SKD, v_SKD = (
+            pages[index].flatten(0, 1)[skipped : skipped + num_rows]
+            for pages in (self.k_pages, self.v_pages)
         )
-        outs.append(out_PKRD.float())
-        lses.append(lse_PKR.float())
-    out_KRD, lse_KR = merge_stacked(torch.cat(outs), torch.cat(lses))
-    out_THD = out_KRD.view(K, T, H // K, D).transpose(0, 1).reshape(T, H, D)
-    return out_THD, lse_KR.view(K, T, H // K).transpose(0, 1).reshape(T, H)
+        return attend(q_THD, k_SKD, v_SKD, scale=scale)
+
+    def _spans(self, first_row: int, end_row: int) -> list[tuple[int, int]]:
+        return _spans(self.page_ids, first_row, end_row, _capacity(self.k_pages))
 
 
-def _page_spans(
-    page_ids: Sequence[int], num_rows: int, capacity: int
-) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(first page, pages, rows of each)``: neighbouring full pages, then a partial one."""
-    full, rest = divmod(num_rows, capacity)
-    # Neighbours in memory keep the difference between page id and index.
-    numbered = enumerate(page_ids[:full])
-    for _, group in itertools.groupby(numbered, key=lambda item: item[1] - item[0]):
-        span = [page_id for _, page_id in group]
-        yield span[0], len(span), capacity
-    if rest:
-        yield page_ids[full], 1, rest
+def _is_head_major(pages: Tensor) -> bool:
+    return pages.device.type == "cpu"
+
+
+def _capacity(pages: Tensor) -> int:
+    """Return how many rows a page holds."""
+    return pages.shape[2] if _is_head_major(pages) else pages.shape[1]
+
+
+def _rows_of(pages: Tensor) -> Tensor:
+    """Return a view of all rows of a layer's pages, ``[S, K, D]``."""
+    K, D = pages.shape[0 if _is_head_major(pages) else 2], pages.shape[-1]
+    # Never `flatten`, which copies where it cannot view: what is stored would be lost.
+    if _is_head_major(pages):
+        return pages.view(K, -1, D).transpose(0, 1)
+    return pages.view(-1, K, D)
+
+
+def _spans(
+    page_ids: Sequence[int], first_row: int, end_row: int, capacity: int
+) -> list[tuple[int, int]]:
+    """Return ``(first row in memory, rows)`` of each stretch of some rows that lies together."""
+    if first_row >= end_row:
+        return []
+    used = page_ids[first_row // capacity : -(-end_row // capacity)]
+    if list(used) == list(range(used[0], used[0] + len(used))):
+        return [(used[0] * capacity + first_row % capacity, end_row - first_row)]
+    spans: list[tuple[int, int]] = []
+    row = first_row
+    while row < end_row:
+        index, offset = divmod(row, capacity)
+        start, count = page_ids[index] * capacity + offset, min(capacity - offset, end_row - row)
+        if spans and sum(spans[-1]) == start:
+            spans[-1] = spans[-1][0], spans[-1][1] + count
+        else:
+            spans.append((start, count))
+        row += count
+    return spans
+
+
+def _whole_pages(
+    spans: Sequence[tuple[int, int]], capacity: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``(first page, pages, first row in each, end)``: whole pages together, others alone."""
+    for start, count in spans:
+        end = start + count
+        first_whole, end_whole = -(-start // capacity) * capacity, end // capacity * capacity
+        if start < first_whole:
+            page, offset = divmod(start, capacity)
+            yield page, 1, offset, min(end - page * capacity, capacity)
+        if first_whole < end_whole:
+            yield first_whole // capacity, (end_whole - first_whole) // capacity, 0, capacity
+        if first_whole <= end_whole < end:
+            yield end_whole // capacity, 1, 0, end - end_whole

@@ -1,7 +1,7 @@
 """The ranks of a ring and what they exchange.
 
-`Ring` is what attention needs: pass a tensor to the next rank while receiving
-from the previous one, gather small partials from all, broadcast a token. One
+`Ring` is what attention needs: pass a tensor to a rank further on while receiving
+from one as far back, gather small things from all. One
 conformance suite (tests/unit/test_attention_ring.py) runs for every
 implementation: over processes, over threads, over NCCL.
 """
@@ -39,19 +39,20 @@ class Ring(Protocol):
     def size(self) -> int:
         """The number of ranks."""
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor) -> PendingExchange:
-        """Start to send to the next rank and to receive from the previous one.
+    def exchange(self, outgoing: Tensor, incoming: Tensor, hops: int = 1) -> PendingExchange:
+        """Start to send to the rank ``hops`` further on and to receive from as far back.
 
-        Both tensors are contiguous and untouched until `wait`. ``incoming`` has
-        the shape of what the previous rank sends (gloo ends the process where it
-        has not); either may be empty. A ring of one rank has nobody to exchange with.
+        By default the next and the previous rank; with negative ``hops`` it goes
+        the other way. Both tensors are contiguous and untouched until `wait`.
+        ``incoming`` has the shape of what that rank sends (gloo ends the process
+        where it has not); either may be empty. Several exchanges may be under way.
+
+        Raises:
+            ValueError: ``hops`` lead to this rank itself, as all do in a ring of one.
         """
 
     def all_gather(self, part: Tensor) -> Tensor:
         """Return every rank's ``part`` stacked in order of rank, ``[N, *part.shape]``."""
-
-    def broadcast(self, value: Tensor, source: int) -> None:
-        """Overwrite ``value`` on every rank with that of rank ``source``."""
 
 
 class ProcessGroupRing:
@@ -69,9 +70,11 @@ class ProcessGroupRing:
         self.rank: int = group.rank()
         self.size: int = group.size()
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor) -> PendingExchange:
+    def exchange(self, outgoing: Tensor, incoming: Tensor, hops: int = 1) -> PendingExchange:
         """See `Ring.exchange`."""
-        to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        to, source = (self.rank + hops) % self.size, (self.rank - hops) % self.size
+        if to == self.rank:
+            raise ValueError(f"{hops} hops in a ring of {self.size} lead back to the same rank")
         if self._device.type == "cuda":
             if outgoing.numel() == incoming.numel() == 0:
                 return _Works([])  # an empty group has no work to wait for
@@ -91,13 +94,6 @@ class ProcessGroupRing:
         gathered = part.new_empty((self.size, *part.shape))
         self._group._allgather_base(gathered.view(-1), part.reshape(-1)).wait()
         return gathered
-
-    def broadcast(self, value: Tensor, source: int) -> None:
-        """See `Ring.broadcast`."""
-        options = dist.BroadcastOptions()
-        options.rootRank = source
-        options.rootTensor = 0
-        self._group.broadcast([value], options).wait()
 
     def _pieces(self, message: Tensor) -> Iterator[Tensor]:
         if message.numel() == 0:

@@ -6,6 +6,8 @@ from types import TracebackType
 
 import torch
 
+from attention.spans import SpanRecorder
+
 
 class PartTimer:
     """Adds up the time of named parts of a step: ``with timer("attention"): ...``.
@@ -15,13 +17,22 @@ class PartTimer:
     not nest.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, recorder: SpanRecorder | None = None) -> None:
+        """Take the device of a step's work; ``recorder`` gets every part as a span too."""
+        self._recorder = recorder
+        if recorder is not None:
+            recorder.begin()
         self._on_cuda = device.type == "cuda"
         self._spans_s: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._part = ""
         self._start_s = 0.0
         self._start_event: torch.cuda.Event | None = None
+
+    def at_layer(self, layer: int) -> None:
+        """Say of which layer the parts are that follow."""
+        if self._recorder is not None:
+            self._recorder.layer = layer
 
     def __call__(self, part: str) -> "PartTimer":
         self._part = part
@@ -44,8 +55,13 @@ class PartTimer:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
             self._events.append((self._part, self._start_event, end))
+            if self._recorder is not None:
+                self._recorder.add_part(self._part, self._start_event, end)
         else:
-            self._spans_s[self._part] += time.perf_counter() - self._start_s
+            end_s = time.perf_counter()
+            self._spans_s[self._part] += end_s - self._start_s
+            if self._recorder is not None:
+                self._recorder.add_part(self._part, self._start_s, end_s)
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each part so far; on CUDA this waits for the device."""

@@ -16,7 +16,8 @@ from benchmarks.rows import Row
 from benchmarks.sizes import Sizes
 from tests.gpu_checks import CHECKS
 from tests.nccl_ranks import nccl_version, why_not
-from tests.ring_conformance import COLLECTIVE_CHECKS, EXCHANGE_CHECKS, ProcessRanks
+from tests.process_ranks import ProcessRanks
+from tests.ring_conformance import COLLECTIVE_CHECKS, EXCHANGE_CHECKS
 
 ROOT = Path(__file__).parents[1]
 PYTEST_TIMEOUT_S = 570.0

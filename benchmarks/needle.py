@@ -14,7 +14,7 @@ from actors.generation import Generation
 from actors.messages import WorkerSpec
 from actors.worker import GPUWorker
 from benchmarks.measure import RowWriter, synchronize
-from benchmarks.one_rank import PAGE_TOKENS, LoneRing, OneRank
+from benchmarks.one_rank import PAGE_TOKENS, SEQUENCE, LoneRing, OneRank, lone_scheduler
 from benchmarks.rows import Row
 from benchmarks.sizes import Needle, Sizes
 from models.needle_checkpoint import write_needle_checkpoint
@@ -23,7 +23,6 @@ from models.needle_text import make_demo, question
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 
-BURST_STEPS = 16
 ANSWER_TOKENS = 24  # an answer has 9
 
 
@@ -49,6 +48,7 @@ def _worker(checkpoint: Path, device: torch.device, num_tokens: int) -> Iterator
             device="cuda" if device.type == "cuda" else "cpu",
             dtype="auto",
             page_tokens=PAGE_TOKENS,
+            piece_bytes=64 * 2**20,
             threads=torch.get_num_threads(),
             ranks_on_host=1,
             gpu_memory_utilization=0.9,
@@ -73,7 +73,7 @@ def _exam(needle: Needle, worker: GPUWorker, device: torch.device) -> Row:
     synchronize(device)
     prefill_s = time.perf_counter() - start_s
     score = exam.score(predictions_T.tolist())
-    worker._pool.release(0)
+    worker._pool.table.release(SEQUENCE)
     return {
         "what": "exam",
         "right": score.all_right,
@@ -97,17 +97,16 @@ def _answer(needle: Needle, worker: GPUWorker, checkpoint: Path) -> Row:
         params=SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0),
         seed=0,
         eos_ids=worker._decoder.config.eos_token_ids,
-        num_ranks=1,
         max_model_len=worker._decoder.config.max_position_embeddings,
-        decode_block_tokens=BURST_STEPS,
-        burst_steps=BURST_STEPS,
     )
+    scheduler = lone_scheduler(worker)
+    scheduler.add(generation)
     walls_s: list[float] = []
-    while plan := generation.next_plan(len(walls_s)):
-        result = worker.execute(plan)
-        generation.advance(result.token_ids)
+    while step := scheduler.next_step():
+        result = worker.execute(step.plan)
+        scheduler.advance(step, [result])
         walls_s.append(result.wall_s)
-    worker._pool.release(1)
+    worker._pool.table.release(generation.sequence_id)
     answer = tokenizer.decode(generation.token_ids)
     decoded = max(1, len(generation.token_ids) - 1)
     return {

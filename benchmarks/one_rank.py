@@ -3,15 +3,20 @@
 import torch
 from torch import Tensor
 
-from attention import PassKVAttention, Zigzag
+from actors.choice import Chooser
+from actors.device_cache import DeviceCache
+from actors.scheduler import Scheduler
+from actors.worker import GPUWorker
 from attention.ring import PendingExchange
 from attention.timing import PartTimer
 from models.decoder import Decoder
-from models.layer_attention import DecodeAttention, PrefillAttention
+from models.layer_attention import DecodeAttention, NewRows, PrefillAttention
 from models.page_pool import PagePool
+from models.rates import model_shape
 
 PAGE_TOKENS = 256
 SEQUENCE = 0
+BURST_STEPS = 16
 
 
 class LoneRing:
@@ -20,16 +25,13 @@ class LoneRing:
     rank = 0
     size = 1
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor) -> PendingExchange:
+    def exchange(self, outgoing: Tensor, incoming: Tensor, hops: int = 1) -> PendingExchange:
         """See `Ring.exchange`."""
         raise AssertionError("a ring of one rank has nobody to exchange with")
 
     def all_gather(self, part: Tensor) -> Tensor:
         """See `Ring.all_gather`."""
         return part.unsqueeze(0)
-
-    def broadcast(self, value: Tensor, source: int) -> None:
-        """See `Ring.broadcast`."""
 
 
 def new_pool(decoder: Decoder, num_tokens: int) -> PagePool:
@@ -59,18 +61,18 @@ class OneRank:
     def prefill(self, ids_T: Tensor, *, all_rows: bool = False) -> Tensor:
         """Compute a sequence anew; return the greedy token after its last token, or after all."""
         num_tokens, device = len(ids_T), self._decoder.device
-        timer, zigzag = PartTimer(device), Zigzag(num_tokens=num_tokens, num_ranks=1)
-        self._pool.release(SEQUENCE)
-        self._pool.grow(SEQUENCE, num_tokens)
-        around_ring = PassKVAttention(zigzag, self._ring, timer)
+        timer = PartTimer(device)
+        self._grow_anew(num_tokens)
+        rows = NewRows(sequence_id=SEQUENCE, first_row=0, count=num_tokens, query_rank=0)
         hidden_TE = self._decoder.forward(
             ids_T,
             torch.arange(num_tokens, device=device),
             PrefillAttention(
-                SEQUENCE,
+                [],
+                [rows],
                 self._pool,
                 self._ring,
-                around_ring,
+                None,
                 timer,
                 last_layer=None if all_rows else self._decoder.config.num_layers - 1,
             ),
@@ -83,18 +85,43 @@ class OneRank:
 
     def fill(self, num_tokens: int) -> None:
         """Set up a sequence of so many tokens with random keys and values instead of a prefill."""
-        self._pool.release(SEQUENCE)
-        self._pool.grow(SEQUENCE, num_tokens)
+        self._grow_anew(num_tokens)
         self._pool._pages.normal_()
 
     def decode(self, token_id: int) -> int:
         """Compute the token after the sequence's last; return the greedy next one."""
         device, timer = self._decoder.device, PartTimer(self._decoder.device)
-        position = self._pool.grow(SEQUENCE, 1)
+        position = self._pool.table.run(SEQUENCE).num_rows
+        self._pool.table.grow(SEQUENCE, [(position, 1)])
+        rows = NewRows(sequence_id=SEQUENCE, first_row=position, count=1)
         hidden_1E = self._decoder.forward(
             torch.tensor([token_id], device=device),
             torch.tensor([position], device=device),
-            DecodeAttention(SEQUENCE, self._pool, self._ring, timer, keeps_kv=True),
+            DecodeAttention([], [rows], self._pool, self._ring, timer),
             timer,
         )
         return int(self._decoder.logits(hidden_1E)[0].argmax())
+
+    def _grow_anew(self, num_tokens: int) -> None:
+        self._pool.table.release(SEQUENCE)
+        self._pool.table.grow(SEQUENCE, [(0, num_tokens)])
+
+
+def lone_scheduler(worker: GPUWorker) -> Scheduler:
+    """Return a scheduler of one rank that computes every prompt anew."""
+    cache = DeviceCache(
+        num_ranks=1,
+        num_pages=worker._pool.table.num_pages,
+        page_tokens=PAGE_TOKENS,
+        shares=False,
+    )
+    decoder = worker._decoder
+    shape = model_shape(decoder.config, decoder.dtype.itemsize)
+    return Scheduler(
+        cache,
+        Chooser("pass_kv", shape, None, 1),
+        decode_block_tokens=BURST_STEPS,
+        burst_steps=BURST_STEPS,
+        max_num_seqs=1,
+        max_num_batched_tokens=1,
+    )

@@ -1,7 +1,15 @@
 """What a user touches: the `LLM` handle and its parameters, results and errors."""
 
-from actors.errors import ClusterError, PlacementError, RankLost, RayUnreachable, StepFailed
+from actors.errors import (
+    ClusterError,
+    PlacementError,
+    RankLost,
+    RayUnreachable,
+    StepFailed,
+    TraceError,
+)
 from actors.messages import CompletionOutput, Logprob, RequestOutput, StepRecord
+from actors.trace import Trace
 from cluster.llm import LLM
 from configs import ConfigError
 from models.errors import CheckpointError, PromptError, RingspanError, SamplingError
@@ -24,4 +32,6 @@ __all__ = [
     "SamplingParams",
     "StepFailed",
     "StepRecord",
+    "Trace",
+    "TraceError",
 ]

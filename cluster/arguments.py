@@ -1,11 +1,12 @@
-"""Flags that several commands share: of the cluster, and of sampling."""
+"""Flags that several commands share: of the prompts, the cluster, and sampling."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from models.errors import SamplingError
+from cluster.llm import Prompt
+from models.errors import PromptError, SamplingError
 from models.sampling import SamplingParams
 
 # Flag names are configuration keys with dashes for underscores.
@@ -15,9 +16,56 @@ CLUSTER_FLAGS: dict[tuple[str, ...], dict[str, Any]] = {
     ("--device",): {"help": "auto, cpu or cuda (auto)"},
     ("--dtype",): {"help": "auto, float32, bfloat16 or float16 (auto: the checkpoint's)"},
     ("--max-model-len",): {"type": int, "help": "longest prompt and answer together, in tokens"},
+    ("--max-num-seqs",): {"type": int, "help": "answers that run at once (256)"},
+    ("--max-num-batched-tokens",): {
+        "type": int,
+        "help": "new tokens of one prefill step (8192); one prompt may have more",
+    },
     ("--gpu-memory-utilization",): {"type": float, "help": "share of each GPU to use (0.9)"},
     ("--kv-cache-memory-bytes",): {"type": int, "help": "for KV pages, on each rank"},
 }
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint, and the flags that give prompts for it."""
+    parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face checkpoint")
+    parser.add_argument("--prompt", action="append", default=[], help="a text; may be repeated")
+    parser.add_argument("--prompt-file", action="append", default=[], type=Path, metavar="FILE")
+    parser.add_argument(
+        "--prompt-token-ids", action="append", default=[], metavar="1,2,3", help="instead of text"
+    )
+    parser.add_argument(
+        "--cache-salt", metavar="NAME", help="a tenant: prefixes are shared within one only"
+    )
+
+
+def prompts(options: argparse.Namespace) -> list[Prompt]:
+    """Return the prompts that the flags give.
+
+    Raises:
+        PromptError: There is none, or one cannot be read.
+    """
+    given: list[dict[str, Any]] = [{"prompt": text} for text in options.prompt]
+    given += [{"prompt": _read(path)} for path in options.prompt_file]
+    given += [{"prompt_token_ids": _prompt_ids(text)} for text in options.prompt_token_ids]
+    if not given:
+        raise PromptError("no prompt: give --prompt, --prompt-file or --prompt-token-ids")
+    salt = {} if options.cache_salt is None else {"cache_salt": options.cache_salt}
+    return [{**prompt, **salt} for prompt in given]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read the prompt file {path}: {error}") from None
+
+
+def _prompt_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise PromptError(f"--prompt-token-ids must be integers, got {text!r}") from None
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,8 +151,9 @@ def _read_ids(text: str) -> list[int]:
         raise SamplingError(f"--stop-token-ids must be integers, got {text!r}") from None
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is printed."""
+def add_output_flags(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that say what is printed; return their group."""
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print JSON, for programs")
     group.add_argument("--log-steps", action="store_true", help="print a line for every step")
+    return group

@@ -2,8 +2,9 @@
 
 The model runs on one rank, then on the ring, over the same prompts: random
 tokens of several lengths, in which passages come back far from where they first
-stood, so that a right next token depends on keys of other ranks. Tokens and
-log-probabilities are compared step by step.
+stood, so that a right next token depends on keys of other ranks. A second turn goes
+on behind each answer, over the KV of the first. Tokens and log-probabilities are compared
+step by step, for pass-KV and for pass-Q unless the configuration says which.
 """
 
 import argparse
@@ -35,6 +36,8 @@ TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 class Comparison:
     """One prompt on one rank and on the ring."""
 
+    algorithm: str  # of the ring
+    cached_tokens: int  # on the ring
     prompt_tokens: int
     answer_tokens: int
     equal_tokens: int  # before the first difference
@@ -74,18 +77,44 @@ def run(options: argparse.Namespace) -> int:
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=0.0, ignore_eos=True, logprobs=TOP
     )
-    outputs = {}
-    for ranks in (1, num_ranks):
-        _say(options, f"running {len(prompts)} prompts on {ranks} rank{'s'[: ranks > 1]} ...")
-        with LLM(options.model, context_parallel_size=ranks, **settings) as llm:
+    asked = config.ring.algorithm
+    compared: list[Comparison] = []
+    alone: list[RequestOutput] = []
+    for ranks, algorithm in [
+        (1, asked),
+        *((num_ranks, each) for each in (("pass_kv", "pass_q") if asked == "auto" else (asked,))),
+    ]:
+        _say(options, f"running {len(prompts)} prompts, two turns each, on {ranks} rank(s) ...")
+        overrides = [*settings["overrides"], f"ring.algorithm={algorithm}"]
+        given = {**settings, "overrides": overrides, "context_parallel_size": ranks}
+        with LLM(options.model, **given) as llm:
             dtype = llm.info.workers[0].dtype
-            fitting = [p for p in prompts if len(p) + options.max_tokens <= llm.info.max_model_len]
-            outputs[ranks] = llm.generate([{"prompt_token_ids": p} for p in fitting], params)
-    # One rank may hold shorter prompts only; they come in order of length.
-    compared = [compare(*pair) for pair in zip(outputs[1], outputs[num_ranks], strict=False)]
-    for left_out in lengths[len(compared) :]:
+            turns = _two_turns(llm, prompts, params, alone)
+        # One rank may hold shorter prompts only; they come in order of length.
+        compared += [compare(*pair, algorithm) for pair in zip(alone, turns, strict=False)]
+        alone = alone or turns
+    for left_out in lengths[len(alone) // 2 :]:
         _say(options, f"left out: {left_out} prompt tokens do not fit max_model_len on one rank")
     return _report(options, compared, num_ranks, dtype)
+
+
+def _two_turns(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    alone: Sequence[RequestOutput],
+) -> list[RequestOutput]:
+    """Return two answers a prompt; the second turn goes on behind the answer of one rank."""
+    outputs = []
+    for index, prompt in enumerate(prompts):
+        if 2 * len(prompt) + 2 * params.max_tokens > llm.info.max_model_len:
+            break
+        first = llm.generate({"prompt_token_ids": prompt}, params)[0]
+        answer = (alone[2 * index] if alone else first).outputs[0].token_ids
+        # It goes on with the prompt again, by which a model that copies has something to copy.
+        turn = [*prompt, *answer, *prompt[: max(1, len(prompt) // 2)]]
+        outputs += [first, llm.generate({"prompt_token_ids": turn}, params)[0]]
+    return outputs
 
 
 def passages(length: int, vocab_size: int, seed: int) -> list[int]:
@@ -105,13 +134,15 @@ def passages(length: int, vocab_size: int, seed: int) -> list[int]:
     return [int(token_id) for token_id in ids]
 
 
-def compare(alone: RequestOutput, ring: RequestOutput) -> Comparison:
+def compare(alone: RequestOutput, ring: RequestOutput, algorithm: str) -> Comparison:
     """Compare the two answers to one prompt up to their first different token."""
     one, other = alone.outputs[0], ring.outputs[0]
     steps = len(one.token_ids)
     equal = next((i for i in range(steps) if one.token_ids[i] != other.token_ids[i]), steps)
     errors = [_error(one, other, step) for step in range(min(equal + 1, steps))]
     return Comparison(
+        algorithm=algorithm,
+        cached_tokens=ring.num_cached_tokens,
         prompt_tokens=len(alone.prompt_token_ids),
         answer_tokens=steps,
         equal_tokens=equal,
@@ -153,13 +184,16 @@ def _report(
         }
         print(json.dumps(report))
         return 0 if right else 1
-    print(f"{'prompt':>8} {'equal tokens':>14} {'logprobs differ by':>20}")
+    print(f"{'':10}{'prompt':>8} {'cached':>8} {'equal tokens':>14} {'logprobs differ by':>20}")
     for entry in compared:
         note = "" if entry.is_right(tolerance) else "  WRONG"
         if entry.equal_tokens < entry.answer_tokens:
             note += f"  (gap of {entry.gap:.1e} at the first difference)"
         tokens = f"{entry.equal_tokens} of {entry.answer_tokens}"
-        print(f"{entry.prompt_tokens:>8} {tokens:>14} {entry.logprob_error:>20.1e}{note}")
+        print(
+            f"{entry.algorithm:10}{entry.prompt_tokens:>8} {entry.cached_tokens:>8}"
+            f" {tokens:>14} {entry.logprob_error:>20.1e}{note}"
+        )
     verdict = "gives this model's own answers" if right else "does NOT give this model's answers"
     print(f"{dtype}: a ring of {num_ranks} ranks {verdict} (tolerance {tolerance:g})")
     return 0 if right else 1

@@ -74,8 +74,9 @@ def _ask(
     right = completion.text == expected and completion.finish_reason == "stop"
     say(f"{question(key).strip()}{completion.text}")
     say(
-        f"  {'right' if right else f'WRONG, expected{expected}'}; first token after {ttft_s:.1f} s,"
-        f" {len(output.prompt_token_ids) / ttft_s:.0f} prompt tokens/s"
+        f"  {'right' if right else f'WRONG, expected{expected}'}; first token after {ttft_s:.1f} s:"
+        f" {len(output.prompt_token_ids) - output.num_cached_tokens} tokens computed,"
+        f" {output.num_cached_tokens} reused"
     )
     return right
 

@@ -1,5 +1,6 @@
 """`LLM`: a model on a ring of ranks, as a Python object."""
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import ray
 
 from actors.messages import Request, RequestOutput
+from actors.trace import Trace
 from cluster.launch import RunningCluster
 from cluster.progress import PrefillBar
 from configs import Config, load
@@ -67,11 +69,13 @@ class LLM:
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Answer prompts, in their order.
+        """Answer prompts together; the answers come in the prompts' order.
 
         Args:
             prompts: A text, ``{"prompt_token_ids": [...]}``, ``{"prompt": text}``,
-                ``{"messages": [...]}``, or a list of these.
+                ``{"messages": [...]}``, or a list of these. A mapping may have a
+                ``cache_salt``, the name of a tenant: KV of a prefix is shared among
+                prompts of one tenant only.
             sampling_params: What is asked of the answers; the defaults are vLLM's.
             use_tqdm: Show a bar with rate and time left while a prompt is prefilled.
 
@@ -85,7 +89,10 @@ class LLM:
             self._request(prompt, sampling_params or SamplingParams())
             for prompt in ([prompts] if single else prompts)
         ]
-        return [self._answer(request, use_tqdm) for request in requests]
+        references = [self._cluster.submit("generate", request) for request in requests]
+        if use_tqdm:
+            self._show_progress(references)
+        return [self._cluster.result(reference) for reference in references]
 
     def chat(
         self,
@@ -102,6 +109,29 @@ class LLM:
         status: dict[str, Any] = self._cluster.ask("status", timeout_s=30.0)
         return status
 
+    def reset_prefix_cache(self) -> None:
+        """Give up the KV of all answers that are complete: later prompts are computed anew."""
+        self._cluster.ask("reset_prefix_cache", timeout_s=30.0)
+
+    def start_trace(self) -> None:
+        """Record what every rank does when, in the steps from now on.
+
+        Raises:
+            TraceError: A trace is being recorded already.
+        """
+        self._cluster.ask("start_trace")
+
+    def stop_trace(self) -> Trace:
+        """Record no more; return what was recorded: `Trace.write` it, or read `Trace.summary`.
+
+        A lost rank ends the recording, but loses nothing of what was recorded before.
+
+        Raises:
+            TraceError: No trace is being recorded.
+        """
+        trace: Trace = self._cluster.ask("stop_trace")
+        return trace
+
     def close(self) -> None:
         """End all processes of this cluster. Twice is no error."""
         self._cluster.close()
@@ -117,14 +147,11 @@ class LLM:
             f" {type(prompt).__name__}"
         )
 
-    def _answer(self, request: Request, use_tqdm: bool) -> RequestOutput:
-        reference = self._cluster.submit("generate", request)
-        if use_tqdm:
-            with PrefillBar() as bar:
-                while not ray.wait([reference], timeout=POLL_S)[0]:
-                    bar.show(self._cluster.ask("progress", timeout_s=30.0))
-        output: RequestOutput = self._cluster.result(reference)
-        return output
+    def _show_progress(self, references: list[Any]) -> None:
+        """Show how prefills go on until all answers are there."""
+        with PrefillBar() as bar:
+            while len(ray.wait(references, num_returns=len(references), timeout=POLL_S)[1]):
+                bar.show(self._cluster.ask("progress", timeout_s=30.0))
 
     def __enter__(self) -> "LLM":
         return self
@@ -142,19 +169,26 @@ def _request_from_mapping(
     request_id: str, prompt: Mapping[str, Any], params: SamplingParams
 ) -> Request:
     forms = {"prompt", "prompt_token_ids", "messages"}
-    if len(prompt) != 1 or not prompt.keys() <= forms:
+    salt = prompt.get("cache_salt", "")
+    if not isinstance(salt, str) or ("cache_salt" in prompt and not salt):
+        raise PromptError(
+            f"cache_salt must be a text of at least one character, got {salt!r}: give the name of"
+            " a tenant, or leave it out"
+        )
+    given = prompt.keys() - {"cache_salt"}
+    if len(given) != 1 or not given <= forms:
         raise PromptError(
             f"a prompt mapping needs exactly one of {', '.join(sorted(forms))}, got"
             f" {', '.join(map(str, prompt)) or 'none'}"
         )
+    ask = functools.partial(Request, request_id=request_id, params=params, cache_salt=salt)
     if "prompt" in prompt:
-        return Request(request_id=request_id, text=str(prompt["prompt"]), params=params)
+        return ask(text=str(prompt["prompt"]))
     if "messages" in prompt:
-        messages = tuple(dict(message) for message in prompt["messages"])
-        return Request(request_id=request_id, messages=messages, params=params)
+        return ask(messages=tuple(dict(message) for message in prompt["messages"]))
     token_ids = np.asarray(prompt["prompt_token_ids"])
     if token_ids.size and (token_ids.ndim != 1 or token_ids.dtype.kind not in "iu"):
         raise PromptError("prompt_token_ids must be a flat list of integers")
     # Out-of-range ids must not wrap into the vocabulary.
     token_ids = token_ids.astype(np.int64).clip(-1, 2**31 - 1).astype(np.int32)
-    return Request(request_id=request_id, token_ids=token_ids, params=params)
+    return ask(token_ids=token_ids)

@@ -11,7 +11,10 @@ MiB = 2**20
 class RingConfig:
     """The ring of ranks and its messages."""
 
-    algorithm: Literal["pass_kv"] = "pass_kv"
+    # auto: by price; algorithm_1, algorithm_5 and empirical: the rules of arXiv 2411.01783.
+    algorithm: Literal["auto", "pass_kv", "pass_q", "algorithm_1", "algorithm_5", "empirical"] = (
+        "auto"
+    )
     piece_bytes: int = 64 * MiB  # a longer message travels in pieces
     timeout_s: float = 600.0  # of one wait for a peer; a dead peer is noticed at once
     heartbeat_s: float = 1.0  # how often each rank is asked whether it is alive
@@ -29,6 +32,15 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _positive("scheduler", self, "decode_burst_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """The measured rates from which steps are priced."""
+
+    # One JSON file for each machine, model and ring. None: `ringspan` in the user's cache.
+    directory: str | None = None
+    refresh: bool = False  # measure at start even where a file fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +69,20 @@ class Config:
     gpu_memory_utilization: float = 0.9  # share of a GPU for weights and KV pages
     kv_cache_memory_bytes: int | None = None  # per rank; None: what is free
     page_tokens: int = 256
+    enable_prefix_caching: bool = True  # answers' KV is kept for prompts that begin alike
+    max_num_seqs: int = 256  # answers that run at once
+    max_num_batched_tokens: int = 8192  # new tokens of one prefill step; one prompt may have more
     decode_block_tokens: int = 16  # so many new tokens' KV in a row stay on one rank
     max_logprobs: int = 20  # that a request may ask for at each token; -1: the whole vocabulary
     threads_per_rank: int = 0  # of torch on CPU; 0: the host's cores divided among its ranks
     ring: RingConfig = field(default_factory=RingConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
         _positive("", self, "context_parallel_size", "decode_block_tokens")
+        _positive("", self, "max_num_seqs", "max_num_batched_tokens")
         if self.tensor_parallel_size != 1:
             raise ValueError(
                 f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: tensor"

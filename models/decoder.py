@@ -8,6 +8,7 @@ Letters: T = tokens on this rank, E = hidden size, F = intermediate size, V =
 vocabulary; H, K, J, D as in `attention`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attention.spans import NO_LAYER
 from attention.timing import PartTimer
 from models.config import ModelConfig
 from models.families import ACTIVATIONS
@@ -50,6 +52,11 @@ class Decoder:
             inv_freq, self._rope_factor = rope_inv_freq(config.rope, config.rotary_dim)
             self._inv_freq = inv_freq.to(self.device)
 
+    def first_layers(self, count: int) -> "Decoder":
+        """Return a decoder of the first layers alone, over the same weights: to measure with."""
+        layers = self._weights.layers[:count]
+        return Decoder(self.config, dataclasses.replace(self._weights, layers=layers))
+
     @torch.inference_mode()
     def forward(
         self,
@@ -75,6 +82,7 @@ class Decoder:
         for index, layer in enumerate(self._weights.layers):
             is_last = index == len(self._weights.layers) - 1
             rows = keep_rows if is_last else None
+            timer.at_layer(index)
             with timer("gemm"):
                 q_THD, kv_TJD = self._project(layer, x_TE, cos_sin, rows)
             out_THD = attention(index, q_THD, kv_TJD)
@@ -89,6 +97,7 @@ class Decoder:
                 else:
                     x_TE += out_TE
                     self._add_mlp(layer, x_TE, x_TE)
+        timer.at_layer(NO_LAYER)
         return x_TE
 
     @torch.inference_mode()

@@ -1,15 +1,45 @@
-"""Attention of one step as the decoder calls it, layer by layer: store new rows, then attend."""
+"""Attention of one step as the decoder calls it, layer by layer: store new rows, then attend.
+
+A step has sequences that are sharded over the ring, and sequences that lie whole on this
+rank. The rows of the sharded ones come first in every tensor, then those of the whole ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from attention import PassKVAttention, Ring, merge_stacked
+from attention import PagedRows, Ring, attend, merge_into, merge_stacked
 from attention.timing import PartTimer
 from models.page_pool import PagePool
 
 
+class RingAttention(Protocol):
+    """Attention of sharded sequences: `PassKVAttention` or `PassQAttention`."""
+
+    def __call__(self, q_THD: Tensor, kv_TJD: Tensor, cached: Sequence[PagedRows]) -> Tensor:
+        """Return ``out_THD`` in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRows:
+    """What one sequence adds to this rank in a step."""
+
+    sequence_id: int
+    first_row: int  # of the new ones; as many rows of earlier tokens lie before them
+    count: int
+    query_rank: int | None = None  # that holds the last token's query, where that is wanted
+
+    @property
+    def num_rows(self) -> int:
+        """The sequence's rows on this rank, with the new ones."""
+        return self.first_row + self.count
+
+
 class PrefillAttention:
-    """A prompt's new tokens, sharded over the ring: their KV stays here, attention goes around.
+    """New tokens of sequences: their KV stays here, attention goes around the ring.
 
     Where only the last token's output is wanted, no other query of the last layer
     matters: that one goes to all ranks, which attend to what they hold, as in decode.
@@ -17,84 +47,158 @@ class PrefillAttention:
 
     def __init__(
         self,
-        sequence_id: int,
+        sharded: Sequence[NewRows],
+        whole: Sequence[NewRows],
         pool: PagePool,
         ring: Ring,
-        around_ring: PassKVAttention,
+        around_ring: RingAttention | None,
         timer: PartTimer,
         *,
         last_layer: int | None,
-        query_rank: int = 0,
     ) -> None:
         """Take the pool, grown already by this rank's new rows, and the ring's attention.
 
-        ``last_layer`` is the layer whose only query is the last token's, which rank
-        ``query_rank`` holds; None where every row's output is wanted.
+        ``around_ring`` may be None where nothing is sharded. ``last_layer`` is the layer
+        whose only queries are the wanted ones of last tokens; None where every row's
+        output is wanted.
         """
-        self._sequence_id = sequence_id
+        self._sharded = sharded
+        self._whole = whole
         self._pool = pool
         self._ring = ring
         self._around_ring = around_ring
         self._timer = timer
         self._last_layer = last_layer
-        self._query_rank = query_rank
+
+    def __call__(self, layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
+        """See `models.decoder.LayerAttention`."""
+        counts = [rows.count for rows in (*self._sharded, *self._whole)]
+        with self._timer("store"):
+            for rows, part_TJD in zip(
+                (*self._sharded, *self._whole), kv_TJD.split(counts), strict=True
+            ):
+                self._pool.store(layer, rows.sequence_id, rows.first_row, part_TJD)
+        if layer == self._last_layer:
+            return self._attend_last(layer, q_THD)
+        ring_rows = sum(rows.count for rows in self._sharded)
+        outs = []
+        if self._sharded:
+            assert self._around_ring is not None
+            cached = [
+                self._pool.rows(layer, rows.sequence_id, rows.first_row) for rows in self._sharded
+            ]
+            outs.append(self._around_ring(q_THD[:ring_rows], kv_TJD[:ring_rows], cached))
+        own = counts[len(self._sharded) :]
+        for rows, q_tHD, new_tJD in zip(
+            self._whole, q_THD[ring_rows:].split(own), kv_TJD[ring_rows:].split(own), strict=True
+        ):
+            outs.append(self._attend_whole(layer, rows, q_tHD, new_tJD))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _attend_whole(self, layer: int, rows: NewRows, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
+        """Attend to what this rank holds of a sequence, which is all there is."""
+        with self._timer("attention"):
+            out_THD, lse_TH = attend(q_THD, *kv_TJD.chunk(2, dim=1), causal=True)
+        if rows.first_row:
+            cached = self._pool.rows(layer, rows.sequence_id, rows.first_row)
+            with self._timer("attention"):
+                partial = cached.attend(q_THD)
+            with self._timer("merge"):
+                merge_into(out_THD, lse_TH, *partial)
+        return out_THD
+
+    def _attend_last(self, layer: int, q_RHD: Tensor) -> Tensor:
+        """Attend with the last tokens' queries alone; those of sharded sequences come first."""
+        sharded = [rows for rows in self._sharded if rows.query_rank is not None]
+        whole = [rows for rows in self._whole if rows.query_rank is not None]
+        outs = []
+        if sharded:
+            held = [rows.query_rank == self._ring.rank for rows in sharded]
+            q_BHD = self._gather_queries(q_RHD[: sum(held)], sharded)
+            out_BHD = attend_to_all_runs(layer, sharded, q_BHD, self._pool, self._ring, self._timer)
+            outs.append(out_BHD[held])
+            q_RHD = q_RHD[sum(held) :]
+        if whole:
+            outs.append(attend_to_runs(layer, whole, q_RHD, self._pool, self._timer)[0])
+        return torch.cat(outs) if outs else q_RHD.float()
+
+    def _gather_queries(self, own_RHD: Tensor, sharded: Sequence[NewRows]) -> Tensor:
+        """Return one query of each sequence on all ranks, of which this rank has some."""
+        if self._ring.size == 1:
+            return own_RHD
+        q_BHD = own_RHD.new_zeros(len(sharded), *own_RHD.shape[1:])
+        q_BHD[[rows.query_rank == self._ring.rank for rows in sharded]] = own_RHD
+        with self._timer("exchange"):
+            q_NBHD = self._ring.all_gather(q_BHD)
+        return q_NBHD[[rows.query_rank for rows in sharded], range(len(sharded))]
+
+
+class DecodeAttention:
+    """One new token a sequence; one rank keeps its KV, all that hold rows attend to theirs."""
+
+    def __init__(
+        self,
+        sharded: Sequence[NewRows],
+        whole: Sequence[NewRows],
+        pool: PagePool,
+        ring: Ring,
+        timer: PartTimer,
+    ) -> None:
+        """Take sequences that all ranks compute, and those of this rank alone.
+
+        ``count`` is 1 where this rank keeps the new token's KV, else 0.
+        """
+        self._sharded = sharded
+        self._whole = whole
+        self._pool = pool
+        self._ring = ring
+        self._timer = timer
 
     def __call__(self, layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
         """See `models.decoder.LayerAttention`."""
         with self._timer("store"):
-            first_row = self._pool.run(self._sequence_id).num_rows - kv_TJD.shape[0]
-            self._pool.store(layer, self._sequence_id, first_row, kv_TJD)
-        if layer != self._last_layer:
-            return self._around_ring(q_THD, kv_TJD)
-        holds_query = self._ring.rank == self._query_rank
-        q_1HD = q_THD.contiguous() if holds_query else q_THD.new_empty(1, *q_THD.shape[1:])
-        if self._ring.size > 1:
-            with self._timer("exchange"):
-                self._ring.broadcast(q_1HD, self._query_rank)
-        out_1HD = attend_to_all_runs(
-            layer, self._sequence_id, q_1HD, self._pool, self._ring, self._timer
-        )
-        return out_1HD if holds_query else out_1HD[:0]
+            for rows, kv_JD in zip((*self._sharded, *self._whole), kv_TJD, strict=True):
+                if rows.count:
+                    self._pool.store(layer, rows.sequence_id, rows.first_row, kv_JD.unsqueeze(0))
+        split, outs = len(self._sharded), []
+        if self._sharded:
+            outs.append(
+                attend_to_all_runs(
+                    layer, self._sharded, q_THD[:split], self._pool, self._ring, self._timer
+                )
+            )
+        if self._whole:
+            own_THD = q_THD[split:]
+            outs.append(attend_to_runs(layer, self._whole, own_THD, self._pool, self._timer)[0])
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-class DecodeAttention:
-    """One new token that every rank computes; one rank keeps its KV, all attend to theirs."""
-
-    def __init__(
-        self, sequence_id: int, pool: PagePool, ring: Ring, timer: PartTimer, *, keeps_kv: bool
-    ) -> None:
-        """Take the pool, grown by one row on the rank that ``keeps_kv``."""
-        self._sequence_id = sequence_id
-        self._pool = pool
-        self._ring = ring
-        self._timer = timer
-        self._keeps_kv = keeps_kv
-
-    def __call__(self, layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
-        """See `models.decoder.LayerAttention`."""
-        if self._keeps_kv:
-            with self._timer("store"):
-                row = self._pool.run(self._sequence_id).num_rows - 1
-                self._pool.store(layer, self._sequence_id, row, kv_TJD)
-        return attend_to_all_runs(
-            layer, self._sequence_id, q_THD, self._pool, self._ring, self._timer
-        )
+def attend_to_runs(
+    layer: int, runs: Sequence[NewRows], q_BHD: Tensor, pool: PagePool, timer: PartTimer
+) -> tuple[Tensor, Tensor]:
+    """Return ``(out_BHD, lse_BH)``, float32: query b sees this rank's rows of sequence b."""
+    with timer("attention"):
+        partials = [
+            pool.rows(layer, rows.sequence_id, rows.num_rows).attend(q_HD.unsqueeze(0))
+            for rows, q_HD in zip(runs, q_BHD, strict=True)
+        ]
+        outs_1HD, lses_1H = zip(*partials, strict=True)
+        return torch.cat(outs_1HD), torch.cat(lses_1H)
 
 
 def attend_to_all_runs(
-    layer: int, sequence_id: int, q_THD: Tensor, pool: PagePool, ring: Ring, timer: PartTimer
+    layer: int, runs: Sequence[NewRows], q_BHD: Tensor, pool: PagePool, ring: Ring, timer: PartTimer
 ) -> Tensor:
-    """Return ``out_THD``, float32, of queries that see all rows of a sequence, on every rank.
+    """Return ``out_BHD``, float32, of queries that see all rows of their sequence, on every rank.
 
     All ranks have the same queries. One packed exchange of (out, lse) brings the
     partials together; all merge them in the same order and so get the same bits.
     """
-    with timer("attention"):
-        out_THD, lse_TH = pool.attend(layer, sequence_id, q_THD)
+    out_BHD, lse_BH = attend_to_runs(layer, runs, q_BHD, pool, timer)
     if ring.size == 1:
-        return out_THD
+        return out_BHD
     with timer("exchange"):
-        packed = torch.cat([out_THD, lse_TH.unsqueeze(-1)], dim=-1)
+        packed = torch.cat([out_BHD, lse_BH.unsqueeze(-1)], dim=-1)
         gathered = ring.all_gather(packed)
     with timer("merge"):
         return merge_stacked(gathered[..., :-1], gathered[..., -1])[0]

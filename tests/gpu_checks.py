@@ -5,6 +5,7 @@ tests/gpu runs them on CUDA under pytest, `benchmarks.gpu` can run them without
 pytest, and tests/unit runs them on CPU, so that the checks themselves are right.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,18 @@ import torch
 from torch import Tensor
 
 from actors.device_memory import available_kv_bytes
-from attention import PassKVAttention, Ring, ThreadRanks, Zigzag, attend
-from attention.paged import attend_pages, page_shape, store_rows
+from attention import (
+    PagedRows,
+    PassKVAttention,
+    PassQAttention,
+    Ring,
+    RingAttention,
+    RingSequence,
+    ThreadRanks,
+    Zigzag,
+    attend,
+)
+from attention.paged import copy_page, pages_shape, store_rows
 from attention.timing import PartTimer
 from models.draw import Filters, sample
 from models.needle_checkpoint import write_needle_checkpoint
@@ -107,30 +118,64 @@ def check_pages(device: torch.device, dtype: torch.dtype) -> None:
     ):
         num_rows = 2 * capacity + 3
         q, k, v = random_qkv(queries, num_rows, head_dim=64, dtype=dtype)
-        shape = page_shape(device, page_tokens=capacity, num_kv_heads=2, head_dim=64)
-        pages = torch.full((2, 8, *shape), torch.nan, dtype=dtype, device=device)
+        shape = pages_shape(device, num_pages=8, page_tokens=capacity, num_kv_heads=2, head_dim=64)
+        pages = torch.full((2, *shape), torch.nan, dtype=dtype, device=device)
         for of_what, rows in zip(pages, (k, v), strict=True):
             store_rows(of_what, page_ids, 0, rows[:5].to(device))
             store_rows(of_what, page_ids, 5, rows[5:].to(device))
-        partial_ = attend_pages(q.to(device), pages[0], pages[1], page_ids, num_rows)
-        assert_partial(partial_, softmax_attention(q, k, v), dtype)
+        paged = PagedRows(pages[0], pages[1], page_ids, num_rows)
+        assert_partial(paged.attend(q.to(device)), softmax_attention(q, k, v), dtype)
+        some = slice(capacity - 1, num_rows - 2)
+        partial_ = paged.attend(q.to(device), rows=(some.start, some.stop))
+        assert_partial(partial_, softmax_attention(q, k[some], v[some]), dtype)
+        copied = torch.empty(some.stop - some.start, 4, 64, dtype=dtype, device=device)
+        paged.copy_into(some.start, copied)
+        assert torch.equal(copied.cpu(), torch.cat([k, v], dim=1)[some])
+        copy_page(pages, page_ids[0], 7, 3)
+        copy = PagedRows(pages[0], pages[1], [7], 3).attend(q.to(device))
+        assert_partial(copy, softmax_attention(q, k[:3], v[:3]), dtype)
 
 
-def check_pass_kv(device: torch.device, dtype: torch.dtype) -> None:
-    """The ring's attention over 1 to 3 ranks of this device equals one causal attention."""
-    q, k, v = random_qkv(211, 211, head_dim=64, dtype=dtype)
-    expected, _ = softmax_attention(q, k, v, causal_mask(211))
-    for num_ranks in (1, 2, 3):
-        zigzag = Zigzag(num_tokens=211, num_ranks=num_ranks)
+def check_ring_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Both algorithms over 1 to 3 ranks of this device equal one causal attention.
 
-        def attend_share(ring: Ring, zigzag: Zigzag = zigzag) -> Tensor:
-            own = zigzag.indices(ring.rank)
-            around_ring = PassKVAttention(zigzag, StagedRing(ring), PartTimer(device))
-            return around_ring(q[own].to(device), torch.cat([k, v], dim=1)[own].to(device)).cpu()
+    Of 281 tokens 70 are cached, spread unevenly and, on rank 0, in pages that lie apart.
+    """
+    q, k, v = random_qkv(281, 281, head_dim=64, dtype=dtype)
+    expected, _ = softmax_attention(q, k, v, causal_mask(281))
+    kv_TJD = torch.cat([k, v], dim=1)
+    for num_ranks, algorithm in itertools.product((1, 2, 3), (PassKVAttention, PassQAttention)):
+        zigzag = Zigzag(num_tokens=211, num_ranks=num_ranks, start=70, first_rank=num_ranks - 1)
+        edges = [70 * 3**rank // 3**num_ranks for rank in range(num_ranks)] + [70]
+        edges[0] = 0
+        held = tuple(b - a for a, b in itertools.pairwise(edges))
+
+        def attend_share(
+            ring: Ring,
+            zigzag: Zigzag = zigzag,
+            edges: list[int] = edges,
+            held: tuple[int, ...] = held,
+            algorithm: type[RingAttention] = algorithm,
+        ) -> Tensor:
+            own = zigzag.positions(ring.rank)
+            shape = pages_shape(device, num_pages=20, page_tokens=4, num_kv_heads=2, head_dim=64)
+            pages = torch.full((2, *shape), torch.nan, dtype=dtype, device=device)
+            page_ids = list(range(20))[:: 1 if ring.rank else -1]
+            first = edges[ring.rank]
+            for of_what, rows in zip(pages, (k, v), strict=True):
+                store_rows(of_what, page_ids, 0, rows[first : first + held[ring.rank]].to(device))
+            cached = PagedRows(pages[0], pages[1], page_ids, held[ring.rank])
+            around_ring = algorithm(
+                [RingSequence(zigzag, held)],
+                StagedRing(ring),
+                PartTimer(device),
+                piece_bytes=20 * kv_TJD[0].nbytes,
+            )
+            return around_ring(q[own].to(device), kv_TJD[own].to(device), [cached]).cpu()
 
         with ThreadRanks(num_ranks) as ranks:
             for rank, out in enumerate(ranks.run(attend_share)):
-                wanted = expected[zigzag.indices(rank)]
+                wanted = expected[zigzag.positions(rank)]
                 torch.testing.assert_close(out.double(), wanted, **CUDA_TOLERANCES[dtype])
 
 
@@ -202,7 +247,7 @@ _IN_ALL = (
     check_strided_inputs,
     check_empty_sides,
     check_pages,
-    check_pass_kv,
+    check_ring_attention,
 )
 _OF_MODELS = (check_needle_exam, check_decoded_answers)
 CHECKS: dict[str, Check] = {

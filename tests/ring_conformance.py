@@ -1,4 +1,4 @@
-"""What every implementation of `Ring` must do, and ranks that are real processes to do it in.
+"""What every implementation of `Ring` must do.
 
 Each check is a function ``(ring, device)`` that all ranks of a ring call at
 once, so that one suite serves threads, processes and CUDA. Rings under test
@@ -7,28 +7,18 @@ longer. A ring of one rank exchanges with nobody, so only `COLLECTIVE_CHECKS`
 apply to it.
 """
 
-import multiprocessing
-import os
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from types import TracebackType
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from attention.ring import Ring, connect_ring
-from tests.nccl_ranks import SHARED_GPU_ENVIRONMENT
+from attention.ring import PendingExchange, Ring
 
 Check = Callable[[Ring, torch.device], None]
 
 PIECE_BYTES = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
-START_S = 120.0  # for a process to import torch on a busy machine
-ANSWER_S = 60.0
 
 
 def message(
@@ -93,6 +83,52 @@ def check_pending_exchanges_keep_their_order(ring: Ring, device: torch.device) -
         assert torch.equal(incoming[i], message(previous + 10 * i, length, device))
 
 
+def all_hops(ring: Ring) -> list[int]:
+    """Return every way round the ring that leads to another rank, and one past a whole turn."""
+    others = range(1, ring.size)
+    return [*others, *(-hops for hops in others), ring.size + 1]
+
+
+def check_exchange_over_any_hops(ring: Ring, device: torch.device) -> None:
+    """Partials go back to their query's rank, however far round the ring and either way."""
+    for hops in all_hops(ring):
+        source = (ring.rank - hops) % ring.size
+        incoming = torch.full((5 + source,), -1.0, device=device)
+        ring.exchange(message(ring.rank, 5 + ring.rank, device), incoming, hops).wait()
+        assert torch.equal(incoming, message(source, 5 + source, device))
+
+
+def check_exchanges_over_all_hops_at_once(ring: Ring, device: torch.device) -> None:
+    """Messages of all lengths to all ranks are under way together, empty ones too.
+
+    As in pass-Q: a partial may go to the rank that the next queries go to.
+    """
+    pending: list[tuple[PendingExchange, Tensor, Tensor]] = []
+    kept: list[Tensor] = []
+    for turn, length in enumerate((3, 0, 2_500, 1)):
+        for hops in all_hops(ring):
+            source = (ring.rank - hops) % ring.size
+            outgoing = message(ring.rank + turn, length, device)
+            kept.append(outgoing)  # not before it has gone may its memory be used anew
+            incoming = torch.full((length,), -1.0, device=device)
+            expected = message(source + turn, length, device)
+            pending.append((ring.exchange(outgoing, incoming, hops), incoming, expected))
+    for exchange, _, _ in reversed(pending):
+        exchange.wait()
+    for _, incoming, expected in pending:
+        assert torch.equal(incoming, expected)
+
+
+def check_exchange_with_oneself_is_refused(ring: Ring, device: torch.device) -> None:
+    """A send that waits for its own rank would wait for ever."""
+    for hops in (0, ring.size, -ring.size):
+        try:
+            ring.exchange(torch.zeros(1, device=device), torch.zeros(1, device=device), hops)
+        except ValueError:
+            continue
+        raise AssertionError(f"{hops} hops in a ring of {ring.size} were taken")
+
+
 def check_buffers_may_be_reused_after_wait(ring: Ring, device: torch.device) -> None:
     """What was sent may be overwritten after `wait`, though the peer reads it late.
 
@@ -144,28 +180,18 @@ def check_all_gather_of_a_view(ring: Ring, device: torch.device) -> None:
         assert torch.equal(gathered[rank], message(rank, 12, device).view(3, 4).t())
 
 
-def check_broadcast_from_each_rank(ring: Ring, device: torch.device) -> None:
-    """The sampled token reaches all ranks from whichever sampled it."""
-    for dtype in DTYPES:
-        for source in range(ring.size):
-            value = message(ring.rank, 3, device, dtype)
-            ring.broadcast(value, source)
-            assert torch.equal(value, message(source, 3, device, dtype))
-
-
 def check_calls_may_be_mixed(ring: Ring, device: torch.device) -> None:
-    """A decode step gathers and then broadcasts, a prefill exchanges: nothing gets crossed."""
+    """A decode step gathers partials and then tokens, a prefill exchanges: nothing gets crossed."""
     previous, _ = neighbours(ring)
     for turn in range(5):
         gathered = ring.all_gather(message(ring.rank + turn, 4, device))
-        token = message(ring.rank + turn, 1, device, torch.int64)
-        ring.broadcast(token, turn % ring.size)
+        tokens = ring.all_gather(message(ring.rank + turn, 1, device, torch.int64))
         incoming = torch.full((4,), -1.0, device=device)
         if ring.size > 1:
             ring.exchange(message(ring.rank + turn, 4, device), incoming).wait()
             assert torch.equal(incoming, message(previous + turn, 4, device))
         assert torch.equal(gathered[-1], message(ring.size - 1 + turn, 4, device))
-        assert torch.equal(token, message(turn % ring.size + turn, 1, device, torch.int64))
+        assert torch.equal(tokens[0], message(turn, 1, device, torch.int64))
 
 
 EXCHANGE_CHECKS: tuple[Check, ...] = (
@@ -174,6 +200,9 @@ EXCHANGE_CHECKS: tuple[Check, ...] = (
     check_exchange_of_nothing,
     check_long_messages_arrive_whole,
     check_pending_exchanges_keep_their_order,
+    check_exchange_over_any_hops,
+    check_exchanges_over_all_hops_at_once,
+    check_exchange_with_oneself_is_refused,
     check_buffers_may_be_reused_after_wait,
     check_exchange_of_every_dtype,
     check_exchange_of_a_slice,
@@ -181,113 +210,5 @@ EXCHANGE_CHECKS: tuple[Check, ...] = (
 COLLECTIVE_CHECKS: tuple[Check, ...] = (
     check_all_gather_stacks_by_rank,
     check_all_gather_of_a_view,
-    check_broadcast_from_each_rank,
     check_calls_may_be_mixed,
 )
-
-
-def leave(ring: Ring, device: torch.device) -> None:
-    """End this process as a kill does: nothing is flushed, no peer is told."""
-    os._exit(1)
-
-
-def exchange_until_peer_is_lost(ring: Ring, device: torch.device) -> None:
-    """Exchange until that raises, as it must soon after a neighbour has died."""
-    outgoing, incoming = (torch.zeros(400_000, device=device) for _ in range(2))
-    for _ in range(100):
-        try:
-            ring.exchange(outgoing, incoming).wait()
-        except RuntimeError:
-            return
-    raise AssertionError("100 exchanges with a dead neighbour succeeded")
-
-
-class ProcessRanks:
-    """N spawned processes, each with its own end of one ring; use as a context manager."""
-
-    def __init__(self, size: int, device_type: str = "cpu", *, timeout_s: float = 60.0) -> None:
-        """Start the processes; they meet in a TCP store of this process."""
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        spawn = multiprocessing.get_context("spawn")
-        self._processes = []
-        self._pipes: list[Connection] = []
-        for rank in range(size):
-            pipe, child_pipe = spawn.Pipe()
-            process = spawn.Process(
-                target=_serve_checks,
-                args=(child_pipe, self._store.port, rank, size, device_type, timeout_s),
-                daemon=True,
-            )
-            process.start()
-            child_pipe.close()
-            self._processes.append(process)
-            self._pipes.append(pipe)
-        for rank in range(size):
-            self._expect_success(rank, START_S)
-
-    def run(self, *checks: Check) -> None:
-        """Have rank i run check i, or all of them the only check; raise what a rank raised."""
-        for rank, pipe in enumerate(self._pipes):
-            pipe.send(checks[rank % len(checks)])
-        for rank in range(len(self._pipes)):
-            if checks[rank % len(checks)] is not leave:
-                self._expect_success(rank, ANSWER_S)
-
-    def _expect_success(self, rank: int, timeout_s: float) -> None:
-        if not self._pipes[rank].poll(timeout_s):
-            raise AssertionError(f"rank {rank} did not answer within {timeout_s:g} s")
-        error = self._pipes[rank].recv()
-        assert error is None, f"rank {rank}: {error}"
-
-    def __enter__(self) -> "ProcessRanks":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for process, pipe in zip(self._processes, self._pipes, strict=True):
-            pipe.close()
-            process.kill()
-            process.join()
-
-
-def _serve_checks(
-    pipe: Connection, port: int, rank: int, size: int, device_type: str, timeout_s: float
-) -> None:
-    """Join the ring, say so, and answer every check with None or its traceback."""
-    torch.set_num_threads(1)
-    with _reporting(pipe):
-        device = _own_device(rank, size, device_type)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        ring = connect_ring(store, rank, size, device, timeout_s=timeout_s, piece_bytes=PIECE_BYTES)
-    while True:
-        try:
-            check: Check = pipe.recv()
-        except EOFError:
-            return
-        with _reporting(pipe):
-            check(ring, device)
-
-
-def _own_device(rank: int, size: int, device_type: str) -> torch.device:
-    """Return a rank's device; ranks share the GPUs where there are fewer."""
-    if device_type != "cuda":
-        return torch.device(device_type)
-    devices = torch.cuda.device_count()
-    if size > devices:
-        os.environ.update(SHARED_GPU_ENVIRONMENT)
-    torch.cuda.set_device(rank % devices)
-    return torch.device("cuda", rank % devices)
-
-
-@contextmanager
-def _reporting(pipe: Connection) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        pipe.send(traceback.format_exc())
-    else:
-        pipe.send(None)

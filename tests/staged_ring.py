@@ -19,20 +19,15 @@ class StagedRing:
         self.rank = ring.rank
         self.size = ring.size
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor) -> PendingExchange:
+    def exchange(self, outgoing: Tensor, incoming: Tensor, hops: int = 1) -> PendingExchange:
         """See `Ring.exchange`."""
         arriving = torch.empty_like(incoming, device="cpu")
-        return _Staged(self._ring.exchange(outgoing.cpu(), arriving), arriving, incoming)
+        pending = self._ring.exchange(outgoing.cpu(), arriving, hops)
+        return _Staged(pending, arriving, incoming)
 
     def all_gather(self, part: Tensor) -> Tensor:
         """See `Ring.all_gather`."""
         return self._ring.all_gather(part.cpu()).to(part.device)
-
-    def broadcast(self, value: Tensor, source: int) -> None:
-        """See `Ring.broadcast`."""
-        staged = value.cpu()
-        self._ring.broadcast(staged, source)
-        value.copy_(staged)
 
 
 class _Staged:

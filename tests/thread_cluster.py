@@ -10,17 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.choice import Chooser, Rule
+from actors.device_cache import DeviceCache
 from actors.draws import BadWords
 from actors.generation import Generation
-from actors.messages import Plan, StepResult, WorkerSpec
+from actors.messages import Plan, SequenceResult, StepResult, WorkerSpec
+from actors.plans import prefill_plan
+from actors.scheduler import Scheduler, Step
 from actors.worker import GPUWorker
-from attention import PassKVAttention, Ring, ThreadRanks, Zigzag
+from attention import PassKVAttention, Ring, RingSequence, ThreadRanks, Zigzag
 from attention.timing import PartTimer
 from models.config import read_model_config
-from models.layer_attention import PrefillAttention
+from models.layer_attention import NewRows, PrefillAttention
+from models.rates import Rates, model_shape
 from models.sampling import SamplingParams
 from tests.staged_ring import StagedRing
 
+MiB = 2**20
 GREEDY_32 = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
 
 
@@ -33,18 +39,27 @@ class ThreadCluster:
         num_ranks: int,
         *,
         num_pages: int = 256,
+        page_tokens: int = 256,
         device: Literal["cpu", "cuda"] = "cpu",
+        rule: Rule = "pass_kv",
+        rates: Rates | None = None,
+        shares: bool = False,
+        piece_bytes: int = 64 * MiB,
         **settings: Any,
     ) -> None:
-        """Bring the ranks up; on CUDA all of them share the first GPU."""
+        """Bring the ranks up; on CUDA all of them share the first GPU.
+
+        Without ``shares`` every prompt is computed anew, as a single request would be.
+        ``settings`` are those of the `Scheduler`.
+        """
         self.config = read_model_config(checkpoint)
         self.num_ranks = num_ranks
-        self._settings = {"decode_block_tokens": 16, "burst_steps": 16, **settings}
         self._sequences = 0
         self._exit = ExitStack()
-        self.ranks = self._exit.enter_context(ThreadRanks(num_ranks))
+        self.ranks = self._exit.enter_context(ThreadRanks(num_ranks, piece_bytes=piece_bytes))
         self.workers = [
-            GPUWorker(_spec(checkpoint, rank, num_ranks, device)) for rank in range(num_ranks)
+            GPUWorker(_spec(checkpoint, rank, num_ranks, device, page_tokens, piece_bytes))
+            for rank in range(num_ranks)
         ]
 
         def bring_up(ring: Ring) -> None:
@@ -54,6 +69,21 @@ class ThreadCluster:
             worker.join(ring if device == "cpu" else StagedRing(ring))
 
         self.ranks.run(bring_up)
+        self.cache = DeviceCache(
+            num_ranks=num_ranks, num_pages=num_pages, page_tokens=page_tokens, shares=shares
+        )
+        itemsize = self.workers[0]._decoder.dtype.itemsize
+        self.scheduler = Scheduler(
+            self.cache,
+            Chooser(rule, model_shape(self.config, itemsize), rates, num_ranks),
+            **{
+                "decode_block_tokens": 16,
+                "burst_steps": 16,
+                "max_num_seqs": 256,
+                "max_num_batched_tokens": 8192,
+                **settings,
+            },
+        )
 
     def generate(
         self,
@@ -62,9 +92,10 @@ class ThreadCluster:
         seed: int = 0,
         bad_words: BadWords = (),
     ) -> list[int]:
-        """Return the answer's token ids; every rank must have seen the same ones."""
-        steps = self.results(prompt, params, seed, bad_words)
-        return [token_id for results in steps for token_id in results[0].token_ids]
+        """Return the answer's token ids."""
+        generation = self.add(prompt, params, seed, bad_words)
+        self.run()
+        return generation.token_ids
 
     def results(
         self,
@@ -72,8 +103,21 @@ class ThreadCluster:
         params: SamplingParams = GREEDY_32,
         seed: int = 0,
         bad_words: BadWords = (),
-    ) -> list[list[StepResult]]:
+    ) -> list[list[SequenceResult]]:
         """Return what every rank made of every plan of an answer."""
+        self.add(prompt, params, seed, bad_words)
+        return [[result.sequences[0] for result in results] for _, results in self.run()]
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams = GREEDY_32,
+        seed: int = 0,
+        bad_words: BadWords = (),
+        *,
+        salt: str = "",
+    ) -> Generation:
+        """Hand an answer to the scheduler."""
         self._sequences += 1
         generation = Generation(
             sequence_id=self._sequences,
@@ -81,25 +125,38 @@ class ThreadCluster:
             params=params,
             seed=seed if params.seed is None else params.seed,
             eos_ids=self.config.eos_token_ids,
-            num_ranks=self.num_ranks,
             max_model_len=self.config.max_position_embeddings,
+            cache_salt=salt,
             bad_words=bad_words,
-            **self._settings,
         )
-        release: tuple[int, ...] = (self._sequences - 1,)
-        steps: list[list[StepResult]] = []
-        while plan := generation.next_plan(0, release):
-            steps.append(self.execute(plan))
-            assert len({result.token_ids for result in steps[-1]}) == 1
-            generation.advance(steps[-1][0].token_ids)
-            release = ()
-        return steps
+        self.scheduler.add(generation)
+        return generation
 
-    def release(self, sequence_id: int) -> None:
-        """Give back a sequence's pages now."""
-        for worker in self.workers:
-            worker._pool.release(sequence_id)
-            worker._sampler.release(sequence_id)
+    def run(self, max_steps: int | None = None) -> list[tuple[Step, list[StepResult]]]:
+        """Execute steps until nothing is left to do, or so many."""
+        done: list[tuple[Step, list[StepResult]]] = []
+        while max_steps is None or len(done) < max_steps:
+            step = self.scheduler.next_step()
+            if step is None:
+                break
+            results = self.execute(step.plan)
+            for index in range(len(step.generations)):
+                # Of the ranks that know what was sampled, all must know the same.
+                known = {result.sequences[index].token_ids for result in results} - {()}
+                assert len(known) == 1
+            self.scheduler.advance(step, results)
+            done.append((step, results))
+        return done
+
+    def check_invariants(self) -> None:
+        """Assert that the coordinator's tables are the ranks' own, and that nothing is lost."""
+        self.cache.check_invariants()
+        for op in self.cache.take_ops():
+            for rank, worker in enumerate(self.workers):
+                worker._pool.apply(op, rank)
+        for table, worker in zip(self.cache._tables, self.workers, strict=True):
+            worker._pool.table.check_invariants()
+            assert table._runs == worker._pool.table._runs
 
     def predictions(self, token_ids: Sequence[int]) -> list[int]:
         """Return the greedy next token after every token of a prompt, from one prefill."""
@@ -112,20 +169,25 @@ class ThreadCluster:
         self._sequences += 1
         sequence_id = self._sequences
 
+        chunk = prefill_plan(sequence_id, ids_T.int().numpy(), self.num_ranks, draw=None)
+
         def predict(ring: Ring) -> Tensor:
-            worker = self.workers[ring.rank]
+            worker, rank = self.workers[ring.rank], ring.rank
             decoder, pool = worker._decoder, worker._pool
             timer = PartTimer(decoder.device)
-            pool.grow(sequence_id, zigzag.count(ring.rank))
-            around_ring = PassKVAttention(zigzag, worker._ring, timer)
+            for op in chunk.cache_ops:
+                pool.apply(op, rank)
+            sequence = RingSequence(zigzag=zigzag, cached_rows=(0,) * self.num_ranks)
+            around_ring = PassKVAttention([sequence], worker._ring, timer)
+            rows = NewRows(sequence_id=sequence_id, first_row=0, count=zigzag.count(rank))
             attention = PrefillAttention(
-                sequence_id, pool, worker._ring, around_ring, timer, last_layer=None
+                [rows], [], pool, worker._ring, around_ring, timer, last_layer=None
             )
-            ids, positions = ids_T[zigzag.indices(ring.rank)], zigzag.positions(ring.rank)
+            ids, positions = ids_T[zigzag.indices(rank)], zigzag.positions(rank)
             hidden_TE = decoder.forward(
                 ids.to(decoder.device), positions.to(decoder.device), attention, timer
             )
-            pool.release(sequence_id)
+            pool.table.release(sequence_id)
             return decoder.logits(hidden_TE).cpu()
 
         logits_TV = torch.empty(len(ids_T), self.config.vocab_size)
@@ -150,7 +212,12 @@ class ThreadCluster:
 
 
 def _spec(
-    checkpoint: Path, rank: int, num_ranks: int, device: Literal["cpu", "cuda"]
+    checkpoint: Path,
+    rank: int,
+    num_ranks: int,
+    device: Literal["cpu", "cuda"],
+    page_tokens: int,
+    piece_bytes: int,
 ) -> WorkerSpec:
     return WorkerSpec(
         rank=rank,
@@ -158,7 +225,8 @@ def _spec(
         checkpoint=str(checkpoint),
         device=device,
         dtype="auto",
-        page_tokens=256,
+        page_tokens=page_tokens,
+        piece_bytes=piece_bytes,
         threads=1,
         ranks_on_host=num_ranks,
         gpu_memory_utilization=0.9,

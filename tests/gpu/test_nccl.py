@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.nccl_ranks import nccl_version, why_not
-from tests.ring_conformance import COLLECTIVE_CHECKS, EXCHANGE_CHECKS, Check, ProcessRanks
+from tests.process_ranks import ProcessRanks
+from tests.ring_conformance import COLLECTIVE_CHECKS, EXCHANGE_CHECKS, Check
 
 RANKS = 2
 pytestmark = pytest.mark.gpu

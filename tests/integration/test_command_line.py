@@ -34,6 +34,8 @@ REFUSED = [
     (["{needle}", "--prompt-file", "{nowhere}"], "cannot read the prompt file"),
     (["{needle}", "--prompt", "hi", "--config", "{nowhere}"], "cannot read"),
     (["{needle}", "--prompt", "hi", "ray.address=127.0.0.1:9"], "no Ray cluster at 127.0.0.1:9"),
+    (["{needle}", "--prompt", "hi", "--trace", "{nowhere}/x.json"], "there is no directory"),
+    (["{needle}", "--prompt", "hi", "--trace", "{needle}"], "it is a directory"),
 ]
 
 
@@ -141,7 +143,10 @@ def test_check_gives_a_verdict(needle: Path, capsys: pytest.CaptureFixture[str])
     assert main([*command, "--json", "max_model_len=600"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["exact"] is True
-    assert [entry["prompt_tokens"] for entry in report["prompts"]] == [5]
+    rows = [(e["algorithm"], e["prompt_tokens"], e["cached_tokens"]) for e in report["prompts"]]
+    assert rows == [
+        (algorithm, *turn) for algorithm in ("pass_kv", "pass_q") for turn in ((5, 0), (15, 12))
+    ]
 
     assert main(["check", str(needle), "-cp", "1"]) == 1
     assert "give -cp 2 or more" in capsys.readouterr().err
@@ -157,6 +162,49 @@ def test_bench_decode_measures_both_sides(capsys: pytest.CaptureFixture[str]) ->
     assert names == ["N=2", "N=1, 2 threads", "transformers, 2 threads"]
     assert report["runs"][0]["parts_s"].keys() >= {"attention", "exchange", "gemm", "ray"}
     assert all(run["peak_bytes"] > 2**20 for run in report["runs"])
+
+
+@pytest.mark.campaign
+@pytest.mark.usefixtures("shared_ray")
+def test_bench_conversation_times_second_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    """Everybody has the first turn at hand but the one that computes it anew."""
+    command = ["bench", "conversation", "--model", "needle", "--lengths", "40"]
+    assert main([*command, "--new-tokens", "8", "--repeats", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["runs"]) == 4
+    assert all(len(run["seconds"]) == 2 and run["peak_bytes"] > 2**20 for run in report["runs"])
+    assert len(report["ratios"]) == 4
+
+
+@pytest.mark.campaign
+@pytest.mark.usefixtures("shared_ray")
+def test_bench_choice_prices_what_it_measures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Three clusters; all predict by the same rates, and the results lie in files."""
+    command = ["bench", "choice", "--model", "needle", "--tokens", "600", "--miss", "5,100"]
+    assert main([*command, "--repeats", "1", "--json", "--output", str(tmp_path)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["new_tokens"] for row in report["rows"]] == [30, 600]
+    for row in report["rows"]:
+        assert row["pass_kv"]["prices_s"] == row["pass_q"]["prices_s"]
+        assert row["pass_q"]["algorithm"] == "pass_q"
+        assert row["pass_q"]["predicted_s"][0] > 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"choice_needle.{suffix}" for suffix in ("json", "txt", "png")
+    }
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_bench_prediction_has_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each turn a prefill and two bursts, on one rank and on two."""
+    command = ["bench", "prediction", "--model", "needle", "--new", "8", "--cached", "0,40"]
+    assert main([*command, "--repeats", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["steps"]) == 12
+    assert [(each["name"], each["phase"]) for each in report["errors"]] == [
+        (name, phase) for name in ("N=2", "N=1, 2 threads") for phase in ("prefill", "decode")
+    ]
 
 
 def test_two_clusters_in_one_plain_script_leave_nothing(needle: Path, tmp_path: Path) -> None:

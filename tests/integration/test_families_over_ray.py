@@ -19,7 +19,8 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path, family: str) -> None:
     checkpoint = write_checkpoint(tmp_path, family)
     prompt = np.random.default_rng(0).integers(0, 500, 331).tolist()
 
-    with LLM(checkpoint, context_parallel_size=2) as llm:
+    overrides = ["ring.algorithm=pass_q"]
+    with LLM(checkpoint, context_parallel_size=2, overrides=overrides) as llm:
         output = llm.generate({"prompt_token_ids": prompt}, GREEDY)[0]
 
     assert len(output.outputs[0].token_ids) == 64

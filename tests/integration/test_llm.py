@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,15 @@ GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_greedy_tokens_equal_transformers(llama: Path, num_ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "algorithm"), [(1, "auto"), (2, "pass_q"), (3, "pass_kv"), (4, "auto")]
+)
+def test_greedy_tokens_equal_transformers(llama: Path, num_ranks: int, algorithm: str) -> None:
     """Through Ray as through threads; four ranks start on two cores."""
     rng = np.random.default_rng(num_ranks)
     prompts = [rng.integers(0, 500, length).tolist() for length in (1, 63, 1000)]
-    with LLM(llama, context_parallel_size=num_ranks) as llm:
+    overrides = [f"ring.algorithm={algorithm}"]
+    with LLM(llama, context_parallel_size=num_ranks, overrides=overrides) as llm:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], GREEDY)
         status = llm.status()
 
@@ -41,7 +45,8 @@ def test_needle_answers_and_explains(needle: Path) -> None:
     """Text in, text out, ended by EOS, with a record of every step and which parts it had."""
     demo = make_demo(4096, seed=1)
     key, expected = demo.questions[0]
-    with LLM(needle, context_parallel_size=2) as llm:
+    overrides = ["ring.algorithm=pass_kv"]
+    with LLM(needle, context_parallel_size=2, overrides=overrides) as llm:
         params = SamplingParams(max_tokens=24, temperature=0.0)
         output = llm.generate(demo.prompt_text + question(key), params)[0]
 
@@ -52,6 +57,8 @@ def test_needle_answers_and_explains(needle: Path) -> None:
     assert prefill.new_tokens == len(output.prompt_token_ids)
     for parts_s in prefill.ranks_parts_s:
         assert parts_s.keys() >= {"gemm", "attention", "merge", "wait", "store"}
+    assert prefill.prices_s.keys() == {"pass_kv", "pass_q"}
+    assert prefill.predicted_s is not None
     assert "pass_kv over 2 ranks" in output.explain()
     assert 0 < output.metrics.ttft_s <= output.metrics.total_s
 
@@ -67,12 +74,40 @@ def test_wrong_prompts_are_refused_and_the_next_is_served(needle: Path) -> None:
             ({"prompt": "x" * 64}, "the prompt has 65 tokens, but max_model_len is 64"),
             ({"messages": [{"role": "user", "content": "hi"}]}, "chat template"),
             ({"text": "hi"}, "exactly one of"),
+            ({"prompt": "hi", "cache_salt": 7}, "cache_salt must be a text .* got 7: give"),
+            ({"prompt": "hi", "cache_salt": ""}, "cache_salt must be a text"),
         ):
             with pytest.raises(PromptError, match=sentence):
                 llm.generate(prompt)
         output = llm.generate("hello", SamplingParams(max_tokens=500, ignore_eos=True))[0]
         assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 64
         assert output.outputs[0].finish_reason == "length"
+
+
+def test_a_turn_computes_its_new_tokens_only(llama: Path) -> None:
+    """Of its own tenant, until the cache is cleared; several answers share their prompt."""
+    rng = np.random.default_rng(5)
+    prompt, question = rng.integers(0, 500, 600).tolist(), rng.integers(0, 500, 30).tolist()
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    with LLM(llama, context_parallel_size=2) as llm:
+        first = llm.generate({"prompt_token_ids": prompt}, params)[0]
+        turn = [*prompt, *first.outputs[0].token_ids, *question]
+        prompts: list[dict[str, Any]] = [
+            {"prompt_token_ids": turn},
+            {"prompt_token_ids": turn, "cache_salt": "somebody else"},
+        ]
+        second, other = llm.generate(prompts, params)
+        llm.reset_prefix_cache()
+        anew = llm.generate({"prompt_token_ids": turn}, SamplingParams(n=3, max_tokens=4))[0]
+        status = llm.status()
+
+    cached = [output.num_cached_tokens for output in (first, second, other, anew)]
+    assert cached == [0, 619, 0, 0]
+    assert anew.steps[0].new_tokens == len(turn)
+    assert anew.steps[1].new_tokens == 2
+    for prompt_ids, output in ((prompt, first), (turn, second), (turn, other)):
+        assert_greedy(llama, prompt_ids, output.outputs[0].token_ids)
+    assert (status["running"], status["waiting"]) == (0, 0)
 
 
 def test_same_seed_same_tokens(llama: Path) -> None:

@@ -17,7 +17,7 @@ checkpoint, first, second = sys.argv[1:]
 node = dict(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
 cluster = Cluster(True, head_node_args={**node, "labels": {HOST_LABEL: first}})
 added = cluster.add_node(**node, labels={HOST_LABEL: second}, num_gpus=1)
-options = dict(overrides=[f"ray.address={cluster.address}", "device=cpu"])
+options = dict(overrides=[f"ray.address={cluster.address}", "device=cpu", "ring.algorithm=pass_kv"])
 prompt = {"prompt_token_ids": list(range(3, 300))}
 greedy = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 

@@ -15,6 +15,7 @@ from actors.generation import Generation
 from actors.messages import DecodePlan, Plan, PrefillPlan
 from attention import Zigzag
 from models.sampling import SamplingParams
+from tests.fake_ranks import make_scheduler, run_all
 
 EOS = 2
 OTHER = 9  # any token that does not stop
@@ -33,29 +34,19 @@ def make_generation(prompt_tokens: int = 10, **settings: Any) -> Generation:
             "params": params,
             "seed": 77,
             "eos_ids": (EOS, 3),
-            "num_ranks": 2,
             "max_model_len": 1000,
-            "decode_block_tokens": 16,
-            "burst_steps": 16,
             **settings,
         }
     )
 
 
-def answer(generation: Generation, stop_at: int | None = None, stop_id: int = EOS) -> list[Plan]:
+def answer(
+    generation: Generation, stop_at: int | None = None, stop_id: int = EOS, **settings: Any
+) -> list[Plan]:
     """Execute all plans as ranks would, token ``stop_at`` being a stop id; return the plans."""
-    plans: list[Plan] = []
-    while plan := generation.next_plan(len(plans)):
-        plans.append(plan)
-        steps = len(plan.owners) if isinstance(plan, DecodePlan) else 1
-        tokens: list[int] = []
-        for step in range(steps):
-            index = len(generation.token_ids) + step
-            tokens.append(stop_id if index == stop_at else OTHER)
-            if tokens[-1] in plan.draw.stop_ids:
-                break
-        generation.advance(tuple(tokens))
-    return plans
+    scheduler = make_scheduler(**settings)
+    scheduler.add(generation)
+    return run_all(scheduler, lambda _, index: stop_id if index == stop_at else OTHER)
 
 
 def spell(ids: Sequence[int]) -> str:
@@ -63,42 +54,41 @@ def spell(ids: Sequence[int]) -> str:
 
 
 def bursts(plans: list[Plan]) -> list[int]:
-    return [len(plan.owners) for plan in plans if isinstance(plan, DecodePlan)]
+    return [len(plan.rows[0].owners) for plan in plans if isinstance(plan, DecodePlan)]
 
 
 def owners(plans: list[Plan]) -> list[int]:
-    return [rank for plan in plans if isinstance(plan, DecodePlan) for rank in plan.owners]
+    return [rank for plan in plans if isinstance(plan, DecodePlan) for rank in plan.rows[0].owners]
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 2, 3, 17])
 def test_first_plan_computes_the_whole_prompt(prompt_tokens: int) -> None:
     """All new tokens at once; the rank that holds the last one samples."""
-    generation = make_generation(prompt_tokens, temperature=0.5)
-
-    plan = generation.next_plan(8)
+    plan = answer(make_generation(prompt_tokens, temperature=0.5))[0]
 
     assert isinstance(plan, PrefillPlan)
-    assert plan.number == 8
-    assert plan.sequence_id == 5
-    assert plan.token_ids.tolist() == list(range(100, 100 + prompt_tokens))
+    (chunk,) = plan.chunks
+    assert chunk.sequence_id == 5
+    assert chunk.token_ids.tolist() == list(range(100, 100 + prompt_tokens))
+    assert (chunk.cached_rows, chunk.start) == ((0, 0), 0)
     assert plan.algorithm == "pass_kv"
-    assert plan.sampling_rank == 0
-    assert (plan.draw.temperature, plan.draw.seed, plan.draw.stop_ids) == (0.5, 77, (EOS, 3))
+    assert chunk.sampling_rank == 0
+    assert chunk.draw is not None
+    assert (chunk.draw.temperature, chunk.draw.seed, chunk.draw.stop_ids) == (0.5, 77, (EOS, 3))
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 2, 10])
 def test_decode_goes_on_where_the_last_plan_ended(prompt_tokens: int) -> None:
     """A burst begins with the last token, not computed yet, at the position after all cached."""
-    plans = answer(make_generation(prompt_tokens, max_tokens=20, burst_steps=8))
+    plans = answer(make_generation(prompt_tokens, max_tokens=20), burst_steps=8)
 
-    decodes = [plan for plan in plans if isinstance(plan, DecodePlan)]
+    decodes = [plan.rows[0] for plan in plans if isinstance(plan, DecodePlan)]
 
     assert [plan.number for plan in plans] == [0, 1, 2, 3]
-    assert [plan.position for plan in decodes] == [prompt_tokens + i for i in (0, 8, 16)]
-    assert [plan.index for plan in decodes] == [1, 9, 17]
-    assert {plan.token_id for plan in decodes} == {OTHER}
-    assert {plan.sequence_id for plan in decodes} == {5}
-    assert all(plan.draw == plans[0].draw for plan in decodes)
+    assert [row.position for row in decodes] == [prompt_tokens + i for i in (0, 8, 16)]
+    assert [row.index for row in decodes] == [1, 9, 17]
+    assert {row.token_id for row in decodes} == {OTHER}
+    assert {row.sequence_id for row in decodes} == {5}
 
 
 @pytest.mark.parametrize(
@@ -116,9 +106,9 @@ def test_bursts_are_full_but_for_the_last(
     max_tokens: int, burst_steps: int, expected: list[int]
 ) -> None:
     """The prefill samples the first token, so a burst never computes one too many."""
-    generation = make_generation(max_tokens=max_tokens, burst_steps=burst_steps)
+    generation = make_generation(max_tokens=max_tokens)
 
-    plans = answer(generation)
+    plans = answer(generation, burst_steps=burst_steps)
 
     assert isinstance(plans[0], PrefillPlan)
     assert bursts(plans) == expected
@@ -139,7 +129,6 @@ def test_stop_id_ends_the_answer(stop_at: int, stop_id: int) -> None:
     assert generation.stop_reason is None
     assert generation.token_ids == [OTHER] * stop_at + [stop_id]
     assert text.text == spell([OTHER] * stop_at)
-    assert generation.next_plan(99) is None
 
 
 @pytest.mark.parametrize("stop_id", [EOS, OTHER + 1])
@@ -167,14 +156,13 @@ def test_stop_token_is_the_reason_and_is_text_where_asked_for(stop_id: int, incl
 def test_tokens_beyond_a_stop_text_are_dropped(burst_steps: int) -> None:
     """The answer is the same whether or not a burst went on; an EOS within it is none."""
     text = AnswerText(Detokenizer(spell), stop=["9,9,"], min_tokens=3)
-    generation = make_generation(text=text, burst_steps=burst_steps)
+    generation = make_generation(text=text)
 
-    answer(generation, stop_at=4)
+    answer(generation, stop_at=4, burst_steps=burst_steps)
 
     assert generation.token_ids == [OTHER] * 4
     assert (generation.finish_reason, generation.stop_reason) == ("stop", "9,9,")
     assert text.text == "9,9,"
-    assert generation.next_plan(99) is None
 
 
 def test_stop_text_within_the_last_allowed_token_is_a_stop() -> None:
@@ -191,9 +179,9 @@ def test_prompt_logprobs_are_asked_of_the_prefill() -> None:
     """Of several answers the first has them."""
     for wanted in (True, False):
         generation = make_generation(prompt_logprobs=3, wants_prompt_logprobs=wanted)
-        plan = generation.next_plan(0)
+        plan = answer(generation)[0]
         assert isinstance(plan, PrefillPlan)
-        assert plan.prompt_logprobs == (3 if wanted else None)
+        assert plan.chunks[0].prompt_logprobs == (3 if wanted else None)
 
 
 def test_stop_id_as_the_last_allowed_token_is_a_stop() -> None:
@@ -211,7 +199,9 @@ def test_stop_ids_may_be_ignored() -> None:
 
     plans = answer(generation, stop_at=4)
 
-    assert plans[0].draw.stop_ids == ()
+    assert isinstance(plans[0], PrefillPlan)
+    assert plans[0].chunks[0].draw is not None
+    assert plans[0].chunks[0].draw.stop_ids == ()
     assert generation.finish_reason == "length"
     assert len(generation.token_ids) == 12
     assert generation.stop_reason is None
@@ -229,51 +219,16 @@ def test_answer_is_cut_where_the_context_ends(prompt_tokens: int, expected: int)
     assert generation.finish_reason == "length"
 
 
-def test_cached_tokens_are_all_but_the_last_sampled() -> None:
-    """Their KV lies on the ranks; a token's own is computed in the step after it."""
-    generation = make_generation(10, max_tokens=18)
-    assert generation.cached_tokens == 0
-
-    generation.next_plan(0)
-    generation.advance((OTHER,))
-    assert generation.cached_tokens == 10
-
-    generation.next_plan(1)
-    generation.advance((OTHER,) * 16)
-    assert generation.cached_tokens == 26
-
-
-def test_release_goes_with_the_plan_it_is_given_to() -> None:
-    """Pages are given back once, by the next plan of whichever kind."""
-    generation = make_generation()
-
-    first = generation.next_plan(0, (3, 4))
-    generation.advance((OTHER,))
-    second = generation.next_plan(1)
-    generation.advance((OTHER,))
-    third = generation.next_plan(2, (1,))
-
-    assert [plan.release if plan else None for plan in (first, second, third)] == [(3, 4), (), (1,)]
-
-
-def test_first_plan_may_be_asked_for_again() -> None:
-    """Until a token is there the next plan is the prefill, and the shares are counted once."""
-    again, once = make_generation(), make_generation()
-    again.next_plan(0)
-
-    assert owners(answer(again)) == owners(answer(once))
-
-
 def test_decode_blocks_alternate_on_even_shares() -> None:
     """Ten prompt tokens are five on each rank; then blocks of four take turns."""
-    plans = answer(make_generation(10, max_tokens=18, decode_block_tokens=4, burst_steps=3))
+    plans = answer(make_generation(10, max_tokens=18), decode_block_tokens=4, burst_steps=3)
 
     assert owners(plans) == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [0]
 
 
 def test_first_block_goes_to_the_rank_with_fewest_rows() -> None:
     """A prompt of one token is on rank 0."""
-    plans = answer(make_generation(1, max_tokens=10, decode_block_tokens=4))
+    plans = answer(make_generation(1, max_tokens=10), decode_block_tokens=4)
 
     assert owners(plans) == [1] * 4 + [0] * 4 + [1]
 
@@ -294,13 +249,10 @@ def test_shares_stay_even(
     A prefill's own shares may differ by two, see `Zigzag`.
     """
     plans = answer(
-        make_generation(
-            prompt_tokens,
-            num_ranks=num_ranks,
-            decode_block_tokens=block,
-            burst_steps=burst_steps,
-            max_tokens=max_tokens,
-        )
+        make_generation(prompt_tokens, max_tokens=max_tokens),
+        num_ranks=num_ranks,
+        decode_block_tokens=block,
+        burst_steps=burst_steps,
     )
 
     zigzag = Zigzag(num_tokens=prompt_tokens, num_ranks=num_ranks)
@@ -321,7 +273,7 @@ def test_shares_stay_even(
 def test_owners_do_not_depend_on_the_bursts(burst_steps: int, other: int) -> None:
     """A burst is a matter of latency; where KV lies is not."""
     first, second = (
-        answer(make_generation(7, num_ranks=3, decode_block_tokens=5, burst_steps=steps))
+        answer(make_generation(7), num_ranks=3, decode_block_tokens=5, burst_steps=steps)
         for steps in (burst_steps, other)
     )
 

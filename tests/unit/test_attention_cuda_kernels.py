@@ -21,7 +21,7 @@ from attention.cuda_kernels import (
     attend_flash_pages,
     flash_reads_pages,
 )
-from attention.paged import attend_pages
+from attention.paged import PagedRows, copy_page, store_rows
 from tests.reference import TOLERANCES, causal_mask, random_qkv, softmax_attention
 
 LSE_ROWS = 32  # the efficient kernel pads its LSE to a multiple of these
@@ -205,6 +205,7 @@ def test_pages_are_read_in_each_of_the_three_ways(
     queries: int,
 ) -> None:
     """In place where they are neighbours, by the kernel where it can, and else gathered."""
+    monkeypatch.setattr(attention.paged, "_is_head_major", lambda pages: False)
     monkeypatch.setattr(
         attention.paged, "attend", lambda q, k, v, scale: attend_cuda(q, k, v, False, scale)
     )
@@ -213,12 +214,20 @@ def test_pages_are_read_in_each_of_the_three_ways(
     page_ids = [5, 1, 2, 4] if scattered else [1, 2, 3, 7]
     pages = torch.full((2, 8, capacity, 2, 32), torch.nan, dtype=dtype)
     for of_what, rows in zip(pages, (k, v), strict=True):
-        attention.paged._store_rows_cuda(of_what, page_ids, 0, rows[:5])
-        attention.paged._store_rows_cuda(of_what, page_ids, 5, rows[5:])
+        store_rows(of_what, page_ids, 0, rows[:5])
+        store_rows(of_what, page_ids, 5, rows[5:])
+    paged = PagedRows(pages[0], pages[1], page_ids, num_rows)
 
-    actual = attention.paged._attend_pages_cuda(q, pages[0], pages[1], page_ids, num_rows, None)
-
-    assert_partial(actual, softmax_attention(q, k, v), dtype)
+    assert_partial(paged.attend(q), softmax_attention(q, k, v), dtype)
+    some = slice(capacity - 1, num_rows - 2)
+    actual = paged.attend(q, rows=(some.start, some.stop))
+    assert_partial(actual, softmax_attention(q, k[some], v[some]), dtype)
+    copied = torch.empty(some.stop - some.start, 4, 32, dtype=dtype)
+    paged.copy_into(some.start, copied)
+    assert torch.equal(copied, torch.cat([k, v], dim=1)[some])
+    copy_page(pages, page_ids[2], 0, 2)
+    assert torch.equal(pages[:, 0, :2], pages[:, page_ids[2], :2])
+    pages[:, 0] = torch.nan
     assert pages.isfinite().all(-1).all(-1).sum() == 2 * num_rows  # no other row was written
 
 
@@ -267,7 +276,7 @@ def test_pages_of_another_device_take_the_cuda_way() -> None:
     pages = torch.empty(4, 256, 2, 32, dtype=torch.bfloat16, device="meta")
     q = torch.empty(1, 4, 32, dtype=torch.bfloat16, device="meta")
 
-    out, lse = attend_pages(q, pages, pages, [0, 1, 2], 700)
+    out, lse = PagedRows(pages, pages, [0, 1, 2], 700).attend(q)
 
     assert out.shape == (1, 4, 32)
     assert lse.shape == (1, 4)

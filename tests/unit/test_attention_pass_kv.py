@@ -1,4 +1,4 @@
-"""Ring pass-KV over any number of ranks equals causal attention on one."""
+"""Ring pass-KV of a prompt's new tokens over any number of ranks equals causal attention on one."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention import PassKVAttention, Ring, ThreadRanks, Zigzag
+from attention import PagedRows, PassKVAttention, Ring, RingSequence, ThreadRanks, Zigzag
 from attention.ring import PendingExchange
 from attention.timing import PartTimer
 from tests.reference import TOLERANCES, causal_mask, random_qkv, softmax_attention
 
 LENGTHS = [1, 2, 3, 5, 7, 16, 63, 257]
+
+
+NOTHING = [PagedRows(torch.empty(2, 0, 4, 32), torch.empty(2, 0, 4, 32), [], 0)]
+
+
+def fresh(zigzag: Zigzag) -> list[RingSequence]:
+    """Return a step of one sequence that has no earlier rows."""
+    return [RingSequence(zigzag, (0,) * zigzag.num_ranks)]
 
 
 class CountingRing:
@@ -31,15 +39,12 @@ class CountingRing:
     def size(self) -> int:
         return self._ring.size
 
-    def exchange(self, outgoing: Tensor, incoming: Tensor) -> PendingExchange:
+    def exchange(self, outgoing: Tensor, incoming: Tensor, hops: int = 1) -> PendingExchange:
         self.messages.append((outgoing.shape[0], incoming.shape[0]))
-        return self._ring.exchange(outgoing, incoming)
+        return self._ring.exchange(outgoing, incoming, hops)
 
     def all_gather(self, part: Tensor) -> Tensor:
         raise AssertionError("pass-KV gathers nothing")
-
-    def broadcast(self, value: Tensor, source: int) -> None:
-        raise AssertionError("pass-KV broadcasts nothing")
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4, 5])
@@ -92,8 +97,10 @@ def around(
     def attend_layers(ring: Ring) -> list[Tensor]:
         ring = wrap(ring)
         zigzag = Zigzag(num_tokens=num_tokens, num_ranks=ring.size)
-        attention = PassKVAttention(zigzag, ring, PartTimer(torch.device("cpu")), scale=scale)
-        return [attention(*shard(ring, zigzag, *layer)) for layer in layers]
+        attention = PassKVAttention(
+            fresh(zigzag), ring, PartTimer(torch.device("cpu")), scale=scale
+        )
+        return [attention(*shard(ring, zigzag, *layer), NOTHING) for layer in layers]
 
     results = ranks.run(attend_layers)
     zigzag = Zigzag(num_tokens=num_tokens, num_ranks=len(results))
@@ -156,7 +163,8 @@ def test_keys_of_this_rank_are_left_as_they_are(three_ranks: ThreadRanks) -> Non
         zigzag = Zigzag(num_tokens=20, num_ranks=ring.size)
         own_q, own_kv = shard(ring, zigzag, q, k, v)
         before = own_q.clone(), own_kv.clone()
-        PassKVAttention(zigzag, ring, PartTimer(torch.device("cpu")))(own_q, own_kv)
+        attention = PassKVAttention(fresh(zigzag), ring, PartTimer(torch.device("cpu")))
+        attention(own_q, own_kv, NOTHING)
         assert torch.equal(own_q, before[0])
         assert torch.equal(own_kv, before[1])
 
@@ -203,13 +211,14 @@ def test_every_round_is_reported(ranks: ThreadRanks) -> None:
             calls += 1
 
         zigzag = Zigzag(num_tokens=10, num_ranks=ring.size)
-        attention = PassKVAttention(zigzag, ring, PartTimer(torch.device("cpu")), on_round=on_round)
+        timer = PartTimer(torch.device("cpu"))
+        attention = PassKVAttention(fresh(zigzag), ring, timer, on_round=on_round)
         for _ in range(2):
-            attention(*shard(ring, zigzag, *layer))
-        return calls, ring.size
+            attention(*shard(ring, zigzag, *layer), NOTHING)
+        return calls, attention.num_rounds
 
-    for calls, size in ranks.run(count_rounds):
-        assert calls == 2 * size
+    for calls, rounds in ranks.run(count_rounds):
+        assert calls == 2 * rounds
 
 
 @pytest.mark.parametrize("piece_bytes", [4, 100, 1000])
@@ -230,7 +239,7 @@ def test_time_of_each_part_is_kept(three_ranks: ThreadRanks) -> None:
 
     def parts(ring: Ring) -> set[str]:
         zigzag, timer = Zigzag(num_tokens=12, num_ranks=ring.size), PartTimer(torch.device("cpu"))
-        PassKVAttention(zigzag, ring, timer)(*shard(ring, zigzag, *layer))
+        PassKVAttention(fresh(zigzag), ring, timer)(*shard(ring, zigzag, *layer), NOTHING)
         assert all(seconds >= 0.0 for seconds in timer.seconds().values())
         return set(timer.seconds())
 

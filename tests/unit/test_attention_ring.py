@@ -10,15 +10,10 @@ import torch.distributed as dist
 
 from attention import ProcessGroupRing, Ring, ThreadRanks
 from attention.ring import connect_ring
-from tests.ring_conformance import (
-    COLLECTIVE_CHECKS,
-    EXCHANGE_CHECKS,
-    PIECE_BYTES,
-    Check,
-    ProcessRanks,
-    exchange_until_peer_is_lost,
-    leave,
-)
+from attention.spans import SpanRecorder
+from attention.traced_ring import TracedRing
+from tests.process_ranks import ProcessRanks, exchange_until_peer_is_lost, leave
+from tests.ring_conformance import COLLECTIVE_CHECKS, EXCHANGE_CHECKS, PIECE_BYTES, Check
 from tests.staged_ring import StagedRing
 
 CPU = torch.device("cpu")
@@ -49,6 +44,12 @@ def test_ring_of_threads_conforms(thread_ranks: ThreadRanks, check: Check) -> No
 def test_ring_by_way_of_the_host_conforms(thread_ranks: ThreadRanks, check: Check) -> None:
     """Tests of several ranks on one GPU stand on this ring."""
     thread_ranks.run(lambda ring: check(StagedRing(ring), CPU))
+
+
+@all_checks
+def test_traced_ring_conforms(thread_ranks: ThreadRanks, check: Check) -> None:
+    """A cluster runs on this ring while a trace is recorded; a full recorder changes nothing."""
+    thread_ranks.run(lambda ring: check(TracedRing(ring, SpanRecorder(CPU, 8)), CPU))
 
 
 @all_checks

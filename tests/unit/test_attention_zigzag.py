@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention import Zigzag
+from attention import Sight, Zigzag
 
 lengths = st.integers(1, 2000)
 rings = st.integers(1, 8)
@@ -86,12 +86,52 @@ def test_every_round_is_the_same_work_for_all_ranks(chunk: int, num_ranks: int) 
 
 
 @fast
-@given(lengths, rings)
-def test_last_token_is_on_the_named_rank(num_tokens: int, num_ranks: int) -> None:
-    """The next token is sampled from the last one's logits, on the rank that has them."""
-    zigzag = Zigzag(num_tokens=num_tokens, num_ranks=num_ranks)
+@given(lengths, rings, st.data())
+def test_cut_may_begin_at_any_rank(num_tokens: int, num_ranks: int, data: st.DataObject) -> None:
+    """The ranks change places and nothing else: every token once, shares even."""
+    first_rank = data.draw(st.integers(0, num_ranks - 1))
+    zigzag = Zigzag(num_tokens=num_tokens, num_ranks=num_ranks, start=7, first_rank=first_rank)
+    plain = Zigzag(num_tokens=num_tokens, num_ranks=num_ranks, start=7)
 
-    assert zigzag.last_token_rank == 0
+    for role in range(num_ranks):
+        rank = (first_rank + role) % num_ranks
+        assert zigzag.role(rank) == role
+        assert torch.equal(zigzag.positions(rank), plain.positions(role))
+        assert zigzag.lengths(rank) == plain.lengths(role)
+    held = torch.cat([zigzag.indices(rank) for rank in range(num_ranks)])
+    counts = [zigzag.count(rank) for rank in range(num_ranks)]
+    assert sorted(held.tolist()) == list(range(num_tokens))
+    assert max(counts) - min(counts) <= 2
+
+
+@fast
+@given(st.integers(1, 60), rings, st.data())
+def test_sight_is_the_causal_mask(num_tokens: int, num_ranks: int, data: st.DataObject) -> None:
+    """What a rank's queries see of a rank's keys follows from positions alone."""
+    first_rank = data.draw(st.integers(0, num_ranks - 1))
+    zigzag = Zigzag(num_tokens=num_tokens, num_ranks=num_ranks, first_rank=first_rank)
+
+    for query_rank, key_rank in itertools.product(range(num_ranks), repeat=2):
+        sight = zigzag.sees(query_rank, key_rank)
+        queries, keys = zigzag.indices(query_rank), zigzag.indices(key_rank)
+        seen = torch.zeros(len(queries), len(keys), dtype=torch.bool)
+        seen[sight.first_query :, : sight.num_keys] = True
+        if sight.causal:
+            assert sight == Sight(first_query=0, num_keys=len(keys), causal=True)
+            seen = seen.tril()
+        assert torch.equal(seen, keys[None] <= queries[:, None])
+
+
+@fast
+@given(lengths, rings, st.data())
+def test_last_token_is_on_the_named_rank(
+    num_tokens: int, num_ranks: int, data: st.DataObject
+) -> None:
+    """The next token is sampled from the last one's logits, on the rank that has them."""
+    first_rank = data.draw(st.integers(0, num_ranks - 1))
+    zigzag = Zigzag(num_tokens=num_tokens, num_ranks=num_ranks, first_rank=first_rank)
+
+    assert zigzag.last_token_rank == first_rank
     assert zigzag.indices(zigzag.last_token_rank)[-1].item() == num_tokens - 1
 
 
@@ -119,3 +159,10 @@ def test_impossible_cuts_are_refused(wrong: dict[str, int]) -> None:
     """An empty prompt must be refused where it comes in, and not give nan later."""
     with pytest.raises(ValueError, match="needs tokens, ranks and a start >= 0"):
         Zigzag(**({"num_tokens": 4, "num_ranks": 2} | wrong))
+
+
+@pytest.mark.parametrize("first_rank", [-1, 2])
+def test_first_rank_is_one_of_the_ring(first_rank: int) -> None:
+    """The last token's rank samples: it must exist."""
+    with pytest.raises(ValueError, match="first rank must be one of its ranks"):
+        Zigzag(num_tokens=4, num_ranks=2, first_rank=first_rank)

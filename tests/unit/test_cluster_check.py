@@ -37,25 +37,33 @@ ALONE = output((7, 8), [{7: -0.1, 9: -3.0}, {8: -0.5, 6: -0.50005}])
 
 def test_equal_answers_differ_by_rounding() -> None:
     ring = output((7, 8), [{7: -0.1001, 9: -3.0}, {8: -0.5, 6: -0.50005}])
-    compared = compare(ALONE, ring)
-    assert compared == Comparison(3, 2, 2, 0.0, pytest.approx(1e-4))  # type: ignore[arg-type]
+    compared = compare(ALONE, ring, "pass_q")
+    assert compared == Comparison(
+        algorithm="pass_q",
+        cached_tokens=0,
+        prompt_tokens=3,
+        answer_tokens=2,
+        equal_tokens=2,
+        gap=0.0,
+        logprob_error=pytest.approx(1e-4),  # type: ignore[arg-type]
+    )
     assert compared.is_right(1e-3)
 
 
 def test_another_token_is_right_only_at_a_tie() -> None:
     """The gap is one rank's own; a token that it does not even list is no tie."""
-    tie = compare(ALONE, output((7, 6), [{7: -0.1}, {6: -0.5, 8: -0.5}]))
+    tie = compare(ALONE, output((7, 6), [{7: -0.1}, {6: -0.5, 8: -0.5}]), "pass_q")
     assert tie.equal_tokens == 1
     assert tie.gap == pytest.approx(5e-5)
     assert tie.is_right(1e-3)
 
-    other = compare(ALONE, output((7, 5), [{7: -0.1}, {5: -0.5, 8: -0.5}]))
+    other = compare(ALONE, output((7, 5), [{7: -0.1}, {5: -0.5, 8: -0.5}]), "pass_q")
     assert not other.is_right(1e-3)
 
 
 def test_equal_tokens_with_other_logprobs_are_wrong() -> None:
     """A wrong merge moves probabilities before it moves the best token."""
-    assert not compare(ALONE, output((7, 8), [{7: -0.2}, {8: -0.5}])).is_right(1e-3)
+    assert not compare(ALONE, output((7, 8), [{7: -0.2}, {8: -0.5}]), "pass_q").is_right(1e-3)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 63, 1000, 4097])
@@ -71,4 +79,4 @@ def test_passages_return_far_from_where_they_stood(length: int) -> None:
 
 
 def test_a_comparison_is_json() -> None:
-    assert dataclasses.asdict(compare(ALONE, ALONE))["logprob_error"] == 0.0
+    assert dataclasses.asdict(compare(ALONE, ALONE, "pass_q"))["logprob_error"] == 0.0

@@ -155,7 +155,10 @@ def test_value_of_a_wrong_type_is_refused(override: str, message: str) -> None:
     [
         ("device=tpu", "['auto', 'cpu', 'cuda']"),
         ("dtype=fp16", "['auto', 'float32', 'bfloat16', 'float16']"),
-        ("ring.algorithm=pass_q", "['pass_kv']"),
+        (
+            "ring.algorithm=pass_k",
+            "['auto', 'pass_kv', 'pass_q', 'algorithm_1', 'algorithm_5', 'empirical']",
+        ),
     ],
 )
 def test_value_that_is_no_choice_is_refused(override: str, choices: str) -> None:

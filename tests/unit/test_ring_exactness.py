@@ -1,5 +1,6 @@
 """Tokens of the ring equal transformers' on the same weights, over everything that may differ."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.generation import Generation
+from actors.messages import DecodeRow
+from actors.scheduler import Scheduler
 from models.sampling import SamplingParams
 from tests.checkpoints import write_llama_checkpoint
 from tests.oracle import assert_greedy, oracle_logits
@@ -48,8 +50,7 @@ def test_greedy_answer_equals_transformers(
 
     assert len(answer) == 40
     assert_greedy(checkpoint, prompt, answer)
-    for worker in cluster.workers:
-        worker._pool.check_invariants()
+    cluster.check_invariants()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -74,8 +75,13 @@ def test_decoded_positions_one_too_high_are_seen(
 ) -> None:
     """A defect that copied answers would survive: the tests above must be red with it."""
     checkpoint = write_llama_checkpoint(tmp_path)
-    right = vars(Generation)["cached_tokens"].fget
-    monkeypatch.setattr(Generation, "cached_tokens", property(lambda self: right(self) + 1))
+    right = Scheduler._decode_row
+
+    def one_too_high(self: Scheduler, running: Any) -> DecodeRow:
+        row = right(self, running)
+        return dataclasses.replace(row, position=row.position + 1)
+
+    monkeypatch.setattr(Scheduler, "_decode_row", one_too_high)
     prompt = list(range(100, 140))
     with ThreadCluster(checkpoint, 2) as cluster:
         answer = cluster.generate(prompt)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import attention.kernel
-import attention.pass_kv
+import attention.ring_attention
 import models.decoder
-from attention import PassKVAttention, Zigzag
+from attention import RingAttention, Zigzag
 from attention.kernel import attend
+from attention.ring_attention import PartialSums
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.layer_attention import PrefillAttention
@@ -174,22 +175,28 @@ def _group_wrongly(patch: pytest.MonkeyPatch, cluster: ThreadCluster) -> None:
         back = order.argsort()
         return out_THD[:, back], lse_TH[:, back]
 
-    patch.setattr(attention.pass_kv, "attend", attend_regrouped)
+    patch.setattr(attention.ring_attention, "attend", attend_regrouped)
 
 
 def _patch_remote(
     patch: pytest.MonkeyPatch,
-    act: Callable[[PassKVAttention, Callable[[Tensor], None], Tensor, int], None],
+    act: Callable[[RingAttention, Callable[[Tensor], None], Tensor, int], None],
 ) -> None:
     """Replace what is done with another rank's keys: ``act(self, attend_them, keys, rank)``."""
-    real = PassKVAttention._attend_remote
+    real = RingAttention._add_new
 
-    def attend_remote(
-        self: PassKVAttention, q: Tensor, part: Tensor, rank: int, out: Tensor, lse: Tensor
+    def add_new(
+        self: RingAttention, sums: PartialSums, query_rank: int, keys: Tensor, key_rank: int
     ) -> None:
-        act(self, lambda keys: real(self, q, keys, rank, out, lse), part, rank)
+        def attend_them(keys: Tensor) -> None:
+            real(self, sums, query_rank, keys, key_rank)
 
-    patch.setattr(PassKVAttention, "_attend_remote", attend_remote)
+        if query_rank == key_rank:
+            attend_them(keys)
+        else:
+            act(self, attend_them, keys, key_rank)
+
+    patch.setattr(RingAttention, "_add_new", add_new)
 
 
 @defect("a shard not attended")
@@ -219,7 +226,7 @@ def _lose_last_key(patch: pytest.MonkeyPatch, cluster: ThreadCluster) -> None:
         end = len(k_SKD) - cut
         return attend(q_THD, k_SKD[:end], v_SKD[:end], **options)  # type: ignore[arg-type]
 
-    patch.setattr(attention.pass_kv, "attend", shortened)
+    patch.setattr(attention.ring_attention, "attend", shortened)
 
 
 @defect("partials averaged without LSE")
@@ -227,7 +234,7 @@ def _average(patch: pytest.MonkeyPatch, cluster: ThreadCluster) -> None:
     def average(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         out.add_(part).div_(2)
 
-    patch.setattr(attention.pass_kv, "merge_into", average)
+    patch.setattr(attention.ring_attention, "merge_into", average)
 
 
 @defect("partials weighted by exp(max) instead of exp(lse)")
@@ -242,7 +249,7 @@ def _weigh_by_max(patch: pytest.MonkeyPatch, cluster: ThreadCluster) -> None:
             scores_HTS.masked_fill_(torch.ones(scores_HTS.shape[1:]).triu(1).bool(), -torch.inf)
         return out_THD, scores_HTS.amax(-1).t().contiguous()
 
-    patch.setattr(attention.pass_kv, "attend", attend_max)
+    patch.setattr(attention.ring_attention, "attend", attend_max)
 
 
 @defect("a sliding window of 512 tokens")
@@ -250,10 +257,11 @@ def _window(patch: pytest.MonkeyPatch, cluster: ThreadCluster) -> None:
     """Every rank forgets the keys of remote parts that lie far before its queries."""
 
     def near(
-        ring: PassKVAttention, attend_them: Callable[[Tensor], None], keys: Tensor, rank: int
+        ring: RingAttention, attend_them: Callable[[Tensor], None], keys: Tensor, rank: int
     ) -> None:
-        first = ring._zigzag.positions(ring._ring.rank)[0]
-        far = ring._zigzag.positions(rank)[: len(keys)] < first + DEFECT_TOKENS // 2 - 512
+        zigzag = ring._sequences[0].zigzag
+        first = zigzag.positions(ring._ring.rank)[0]
+        far = zigzag.positions(rank) < first + DEFECT_TOKENS // 2 - 512
         muted = keys.clone()
         muted[far] = 0
         attend_them(muted)

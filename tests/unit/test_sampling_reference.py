@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from actors.draws import make_draw
-from actors.messages import PrefillPlan, StepResult
+from actors.messages import SequenceResult
+from actors.plans import prefill_plan
 from models.draw import answer_seed, draw_noise
 from models.logprobs import TokenLogprobs, join_logprobs
 from models.sampling import SamplingParams
@@ -235,17 +236,20 @@ def test_interrupted_answer_goes_on_as_if_it_had_not_been(cluster: ThreadCluster
     answer = cluster.generate(PROMPT, params)
 
     for done in (1, 6, 17):
-        plan = PrefillPlan(
-            number=0,
-            sequence_id=10**6 + done,
-            token_ids=np.asarray([*PROMPT, *answer[:done]], dtype=np.int32),
-            algorithm="pass_kv",
+        ids = np.asarray([*PROMPT, *answer[:done]], dtype=np.int32)
+        plan = prefill_plan(
+            10**6,
+            ids,
+            cluster.num_ranks,
             draw=make_draw(params, 3, (EOS,)),
-            sampling_rank=0,
+            context_ids=ids,
             answer_tokens=done,
         )
-        assert cluster.execute(plan)[0].token_ids == (answer[done],)
-        cluster.release(10**6 + done)
+        (sequence,) = cluster.execute(plan)[0].sequences
+        assert sequence.token_ids == (answer[done],)
+    for worker in cluster.workers:
+        worker._pool.table.release(10**6)
+        worker._executor._sampler.forget(10**6)
 
 
 def test_released_sequences_are_forgotten(cluster: ThreadCluster) -> None:
@@ -255,7 +259,7 @@ def test_released_sequences_are_forgotten(cluster: ThreadCluster) -> None:
     cluster.generate(PROMPT)
 
     for worker in cluster.workers:
-        assert worker._sampler._histories == {}
+        assert worker._executor._sampler._histories == {}
 
 
 def test_answers_of_one_prompt_differ_and_do_not_depend_on_their_number() -> None:
@@ -331,7 +335,7 @@ def assert_logprobs(
         assert (row > row[token] + 1e-5).sum() < rank <= (row >= row[token] - 1e-5).sum()
 
 
-def _given(results: Sequence[StepResult]) -> TokenLogprobs:
+def _given(results: Sequence[SequenceResult]) -> TokenLogprobs:
     """The log-probabilities of a step; only the sampling rank tells them."""
     (rows,) = (result.logprobs for result in results if result.logprobs is not None)
     return rows

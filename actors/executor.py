@@ -1,0 +1,270 @@
+"""One rank's part of a plan: which rows it computes, and what it samples."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from actors.messages import (
+    DecodePlan,
+    DecodeRow,
+    Plan,
+    PrefillChunk,
+    PrefillPlan,
+    SequenceResult,
+)
+from actors.sampler import Sampler
+from attention import PassKVAttention, PassQAttention, Ring, RingSequence
+from attention.timing import PartTimer
+from models.decoder import Decoder
+from models.layer_attention import DecodeAttention, NewRows, PrefillAttention
+from models.logprobs import TokenLogprobs, logprobs_in_pieces
+from models.page_pool import PagePool
+
+AROUND_RING = {"pass_kv": PassKVAttention, "pass_q": PassQAttention}
+Choice = tuple[int, bool]  # a token, and whether it ends the answer
+
+
+class PlanExecutor:
+    """Runs all layers and all ring rounds of plans on one rank; every rank gets the same plans."""
+
+    def __init__(self, decoder: Decoder, pool: PagePool, ring: Ring, *, piece_bytes: int) -> None:
+        """Take the model, the pages and the place in the ring."""
+        self._decoder = decoder
+        self._pool = pool
+        self.ring = ring  # may be another end of the same ring while a trace is recorded
+        self._piece_bytes = piece_bytes
+        self._sampler = Sampler(decoder.config.vocab_size, decoder.device)
+        self._rounds_done = 0
+        self._rounds = 1
+
+    @property
+    def progress(self) -> float:
+        """The share of the prefill under way that is done, 0 to 1."""
+        return min(1.0, self._rounds_done / self._rounds)
+
+    def execute(self, plan: Plan, timer: PartTimer) -> tuple[SequenceResult, ...]:
+        """Return what this rank knows of each of the plan's sequences, in their order."""
+        for op in plan.cache_ops:
+            self._pool.apply(op, self.ring.rank)
+        for sequence_id in plan.ended:
+            self._sampler.forget(sequence_id)
+        if isinstance(plan, PrefillPlan):
+            return self._prefill(plan, timer)
+        return self._decode(plan, timer)
+
+    def _prefill(self, plan: PrefillPlan, timer: PartTimer) -> tuple[SequenceResult, ...]:
+        rank = self.ring.rank
+        sharded = [chunk for chunk in plan.chunks if chunk.home is None]
+        whole = [chunk for chunk in plan.chunks if chunk.home == rank]
+        if not sharded and not whole:
+            return tuple(SequenceResult(token_ids=()) for _ in plan.chunks)
+        # Of each chunk, the indices of the new tokens that this rank computes.
+        indices = [chunk.zigzag().indices(rank) for chunk in sharded]
+        indices += [torch.arange(len(chunk.token_ids)) for chunk in whole]
+        computed = [*sharded, *whole]
+        samples = [chunk.draw is not None and chunk.sampling_rank == rank for chunk in computed]
+        keeps_all = any(chunk.prompt_logprobs is not None for chunk in plan.chunks)
+        hidden_TE = self._forward(plan, computed, indices, samples, keeps_all, timer)
+        prompt_logprobs: dict[int, TokenLogprobs] = {}
+        if keeps_all:
+            pieces = hidden_TE.split([len(each) for each in indices])
+            for chunk, own, piece_TE in zip(computed, indices, pieces, strict=True):
+                if chunk.prompt_logprobs is not None:
+                    with timer("sample"):
+                        found = self._prompt_logprobs(piece_TE, own, chunk)
+                    prompt_logprobs[chunk.sequence_id] = found
+            hidden_TE = hidden_TE[_last_rows(indices, samples)]
+        with timer("sample"):
+            chosen = self._sample_first(
+                hidden_TE, [chunk for chunk, own in zip(computed, samples, strict=True) if own]
+            )
+        return tuple(
+            SequenceResult(
+                token_ids=chosen.get(chunk.sequence_id, ()),
+                logprobs=self._sampler.take_logprobs(chunk.sequence_id),
+                prompt_logprobs=prompt_logprobs.get(chunk.sequence_id),
+            )
+            for chunk in plan.chunks
+        )
+
+    def _forward(
+        self,
+        plan: PrefillPlan,
+        computed: Sequence[PrefillChunk],
+        indices: Sequence[Tensor],
+        samples: Sequence[bool],
+        keeps_all: bool,
+        timer: PartTimer,
+    ) -> Tensor:
+        """Return the hidden states that are wanted: of all rows, or of last tokens to sample."""
+        device = self._decoder.device
+        ids_T = torch.cat(
+            [
+                torch.from_numpy(chunk.token_ids).long()[own]
+                for chunk, own in zip(computed, indices, strict=True)
+            ]
+        )
+        positions_T = torch.cat(
+            [own + chunk.start for chunk, own in zip(computed, indices, strict=True)]
+        )
+        rows = [
+            NewRows(
+                sequence_id=chunk.sequence_id,
+                first_row=chunk.cached_rows[self.ring.rank],
+                count=len(own),
+                query_rank=None if chunk.draw is None else chunk.sampling_rank,
+            )
+            for chunk, own in zip(computed, indices, strict=True)
+        ]
+        sharded = [chunk for chunk in computed if chunk.home is None]
+        around_ring = AROUND_RING[plan.algorithm](
+            [
+                RingSequence(zigzag=chunk.zigzag(), cached_rows=chunk.cached_rows)
+                for chunk in sharded
+            ],
+            self.ring,
+            timer,
+            piece_bytes=self._piece_bytes,
+            on_round=self._count_round,
+        )
+        last_layer = self._decoder.config.num_layers - 1
+        # The last layer goes round the ring only where all of its rows are wanted.
+        self._rounds_done = 0
+        self._rounds = max(1, (last_layer + keeps_all) * around_ring.num_rounds)
+        attention = PrefillAttention(
+            rows[: len(sharded)],
+            rows[len(sharded) :],
+            self._pool,
+            self.ring,
+            around_ring,
+            timer,
+            last_layer=None if keeps_all else last_layer,
+        )
+        return self._decoder.forward(
+            ids_T.to(device),
+            positions_T.to(device),
+            attention,
+            timer,
+            keep_rows=None if keeps_all else _last_rows(indices, samples),
+        )
+
+    def _sample_first(
+        self, hidden_RE: Tensor, chunks: Sequence[PrefillChunk]
+    ) -> dict[int, tuple[int, ...]]:
+        """Return the token that follows each of these chunks, by sequence."""
+        if not chunks:
+            return {}
+        chosen: dict[int, tuple[int, ...]] = {}
+        for chunk, logits_V in zip(chunks, self._decoder.logits(hidden_RE), strict=True):
+            assert chunk.draw is not None
+            self._sampler.begin(chunk)
+            token_id, _ = self._sampler.choose(
+                logits_V, chunk.sequence_id, chunk.draw, chunk.answer_tokens
+            )
+            chosen[chunk.sequence_id] = (token_id,)
+        return chosen
+
+    def _prompt_logprobs(
+        self, hidden_TE: Tensor, indices_T: Tensor, chunk: PrefillChunk
+    ) -> TokenLogprobs:
+        """Return the log-probabilities of the tokens that follow this rank's own in the prompt."""
+        assert chunk.prompt_logprobs is not None
+        next_T = torch.from_numpy(chunk.token_ids).long()[1:]
+        # Nothing follows the last token.
+        before_next_R = indices_T[indices_T < len(next_T)]
+        return logprobs_in_pieces(
+            self._decoder.logits,
+            hidden_TE[: len(before_next_R)],
+            next_T[before_next_R].to(self._decoder.device),
+            chunk.prompt_logprobs,
+            self._decoder.config.vocab_size,
+        )
+
+    def _decode(self, plan: DecodePlan, timer: PartTimer) -> tuple[SequenceResult, ...]:
+        rank = self.ring.rank
+        token_ids: dict[int, list[int]] = {row.sequence_id: [] for row in plan.rows}
+        active = [row for row in plan.rows if row.home is None]
+        active += [row for row in plan.rows if row.home == rank]
+        for step in range(max(len(row.owners) for row in plan.rows)):
+            active = [row for row in active if step < len(row.owners)]
+            if not active:
+                break
+            hidden_BE = self._decode_step(active, step, token_ids, timer)
+            choices = self._choose(hidden_BE, active, step, timer)
+            for row, (token_id, _) in zip(active, choices, strict=True):
+                token_ids[row.sequence_id].append(token_id)
+            active = [row for row, (_, stop) in zip(active, choices, strict=True) if not stop]
+        return tuple(
+            SequenceResult(
+                token_ids=tuple(token_ids[row.sequence_id]),
+                logprobs=self._sampler.take_logprobs(row.sequence_id),
+            )
+            for row in plan.rows
+        )
+
+    def _decode_step(
+        self,
+        rows: Sequence[DecodeRow],
+        step: int,
+        token_ids: dict[int, list[int]],
+        timer: PartTimer,
+    ) -> Tensor:
+        """Return ``hidden_BE`` of one new token of each sequence; sharded ones come first."""
+        rank, device = self.ring.rank, self._decoder.device
+        last_ids = [(row.token_id, *token_ids[row.sequence_id])[-1] for row in rows]
+        new_rows = []
+        for row in rows:
+            before = self._pool.table.run(row.sequence_id).rows_below(row.position)
+            new_rows.append(
+                NewRows(
+                    sequence_id=row.sequence_id,
+                    first_row=before + row.owners[:step].count(rank),
+                    count=int(row.owners[step] == rank),
+                )
+            )
+        num_sharded = sum(row.home is None for row in rows)
+        attention = DecodeAttention(
+            new_rows[:num_sharded], new_rows[num_sharded:], self._pool, self.ring, timer
+        )
+        return self._decoder.forward(
+            torch.tensor(last_ids, device=device),
+            torch.tensor([row.position + step for row in rows], device=device),
+            attention,
+            timer,
+        )
+
+    def _choose(
+        self, hidden_BE: Tensor, rows: Sequence[DecodeRow], step: int, timer: PartTimer
+    ) -> list[Choice]:
+        """Sample where this rank is the one to; all ranks get to know those of sharded rows."""
+        rank = self.ring.rank
+        own = [index for index, row in enumerate(rows) if row.sampling_rank == rank]
+        choices = torch.zeros(len(rows), 2, dtype=torch.int64)
+        with timer("sample"):
+            logits_RV = self._decoder.logits(hidden_BE[own]) if own else ()
+            for index, logits_V in zip(own, logits_RV, strict=True):
+                row = rows[index]
+                choices[index] = torch.tensor(
+                    self._sampler.choose(logits_V, row.sequence_id, row.draw, row.index + step)
+                )
+        num_sharded = sum(row.home is None for row in rows)
+        if num_sharded and self.ring.size > 1:
+            with timer("wait"):
+                gathered = self.ring.all_gather(choices[:num_sharded].to(self._decoder.device))
+                sources = [row.sampling_rank for row in rows[:num_sharded]]
+                choices[:num_sharded] = gathered.cpu()[sources, range(num_sharded)]
+        return [(token_id, bool(stop)) for token_id, stop in choices.tolist()]
+
+    def _count_round(self) -> None:
+        self._rounds_done += 1
+
+
+def _last_rows(indices: Sequence[Tensor], samples: Sequence[bool]) -> list[int]:
+    """Return the last row of each chunk of which this rank samples."""
+    rows, end = [], 0
+    for own, is_sampled in zip(indices, samples, strict=True):
+        end += len(own)
+        if is_sampled:
+            rows.append(end - 1)
+    return rows

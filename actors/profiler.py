@@ -1,0 +1,271 @@
+"""Measure what a ring does in a second: the rates from which steps are priced.
+
+All ranks call `measure` at once. They compute at the same time and exchange
+beside computation, as in a step: on CPU the ranks of a host and gloo's threads
+share its cores and its memory, and a rate measured alone would promise too much.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from attention import Ring, attend, merge_into
+from attention.timing import PartTimer
+from models.decoder import Decoder
+from models.page_pool import PagePool
+from models.rates import Affine, Curve, Rates
+
+KiB, MiB = 2**10, 2**20
+# Tokens, or queries. The last ones are for fast devices: a size is left out where one run of it
+# would take longer than LONGEST_RUN_S.
+SIZES = (1, 16, 64, 256, 1024, 2048, 4096, 16384)
+LONGEST_RUN_S = 0.25
+KEYS = 1024  # that queries attend to
+REPEATS = 5
+SLOW_S = 0.05  # what takes longer is repeated less
+FEW_REPEATS = 2
+PATIENCE_S = 8.0  # after which, on a machine that is busy with something else, nothing is repeated
+SHORT_S = 1e-3  # what takes less runs several times in a row
+MANY_LAYERS = 8  # whose weights no cache holds together
+SMALL_BYTES, LARGE_BYTES = 4 * KiB, 8 * MiB  # of messages
+INSTANT = Affine(0.0, 1e15)  # a ring of one sends nothing
+
+
+def measure(decoder: Decoder, ring: Ring, *, page_tokens: int = 256) -> Rates:
+    """Return the rates of this model on this ring, the same on every rank.
+
+    Each is the lower quartile of a few runs, on the slowest rank: what disturbs a
+    machine now and then is no rate of it. It takes two to four seconds; of a slow
+    model fewer sizes are measured.
+    """
+    profile = _Profile(decoder, ring, page_tokens)
+    with torch.inference_mode():
+        return profile.rates()
+
+
+class _Profile:
+    """One rank's part of a measurement. All ranks make the same calls in the same order."""
+
+    def __init__(self, decoder: Decoder, ring: Ring, page_tokens: int) -> None:
+        self._decoder = decoder
+        self._config = decoder.config
+        self._device = decoder.device
+        self._clock = _Clock(ring, decoder.device)
+        self._ring = ring
+        self._pool = PagePool(
+            num_layers=1,
+            num_pages=-(-KEYS // page_tokens),
+            page_tokens=page_tokens,
+            num_kv_heads=self._config.num_kv_heads,
+            head_dim=self._config.head_dim,
+            dtype=decoder.dtype,
+            device=self._device,
+        )
+        self._pool.table.grow(0, [(0, KEYS)])
+        self._kv_SJD = self._kv(KEYS)
+        self._pool.store(0, 0, 0, self._kv_SJD)
+
+    def rates(self) -> Rates:
+        """Measure everything."""
+        seconds = self._clock.seconds
+        call_s = seconds(lambda: self._attend(1, 1))
+        hop = collective = INSTANT
+        overlap = 0.0
+        if self._ring.size > 1:
+            hop = self._law(lambda message: self._exchange(message, lambda: None))
+            overlap = self._overlap(hop)
+            collective = self._law(self._ring.all_gather, LARGE_BYTES // self._ring.size)
+        return Rates(
+            linear=self._curve(self._linear_s, SIZES),
+            causal_key=self._curve(self._causal_s, SIZES[1:], per_key=True),
+            dense_key=self._curve(
+                lambda n: (seconds(lambda: self._attend(n, KEYS)) - call_s) / KEYS, SIZES[:5]
+            ),
+            paged_key=self._curve(
+                lambda n: (seconds(lambda: self._attend_pages(n)) - call_s) / KEYS, SIZES[:5]
+            ),
+            call_s=call_s,
+            merge=self._curve(self._merge_s, SIZES[1:5]),
+            store=self._copying(lambda rows: self._pool.store(0, 0, 0, self._kv_SJD[:rows])),
+            gather=self._copying(lambda rows: self._kv_SJD.transpose(0, 1)[:, :rows].contiguous()),
+            hop=hop,
+            returns=hop,
+            collective=collective,
+            overlap=overlap,
+            step_s=self._step_s(),
+        )
+
+    def _curve(
+        self, seconds: Callable[[int], float], sizes: Sequence[int], *, per_key: bool = False
+    ) -> Curve:
+        """Measure at those sizes whose runs are short enough; all ranks stop at the same one.
+
+        With ``per_key``, a run of n queries has n keys, and the curve is that of one.
+        """
+        points: list[tuple[float, float]] = []
+        for size in sizes:
+            if len(points) > 1:
+                before, run_s = points[-1]
+                growth = size / before
+                run_s *= size * growth if per_key else growth
+                if run_s > LONGEST_RUN_S:
+                    break
+            points.append((size, max(seconds(size), 0.0)))
+        return Curve.through(points)
+
+    def _linear_s(self, tokens: int) -> float:
+        """One layer of so many tokens, without attention."""
+        layers = min(self._config.num_layers, MANY_LAYERS if tokens <= 16 else 1)
+        decoder = self._decoder.first_layers(layers)
+
+        def run() -> float:
+            timer = PartTimer(self._device)
+            self._forward(decoder, tokens, timer)
+            return timer.seconds()["gemm"]
+
+        return self._clock.quartile(run) / layers
+
+    def _step_s(self) -> float:
+        """What a step of one token does outside of its layers."""
+        decoder = self._decoder.first_layers(1)
+
+        def run() -> float:
+            timer, start_s = PartTimer(self._device), time.perf_counter()
+            int(decoder.logits(self._forward(decoder, 1, timer)).argmax())
+            return time.perf_counter() - start_s - timer.seconds()["gemm"]
+
+        return self._clock.quartile(run)
+
+    def _forward(self, decoder: Decoder, tokens: int, timer: PartTimer) -> Tensor:
+        ids_T = torch.zeros(tokens, dtype=torch.int64, device=self._device)
+        return decoder.forward(ids_T, ids_T, _no_attention, timer)
+
+    def _causal_s(self, tokens: int) -> float:
+        """Causal attention of so many queries, for each of as many keys."""
+        q_THD, kv_TJD = self._q(tokens), self._kv(tokens)
+        run_s = self._clock.seconds(lambda: attend(q_THD, *kv_TJD.chunk(2, dim=1), causal=True))
+        return run_s / tokens
+
+    def _attend(self, queries: int, keys: int) -> None:
+        attend(self._q(queries), *self._kv_SJD[:keys].chunk(2, dim=1))
+
+    def _attend_pages(self, queries: int) -> None:
+        self._pool.rows(0, 0, KEYS).attend(self._q(queries))
+
+    def _merge_s(self, rows: int) -> float:
+        out_THD = torch.zeros(self._q(rows).shape, device=self._device)
+        lse_TH = out_THD[..., 0].clone()
+        part_THD, part_lse_TH = out_THD.clone(), lse_TH.clone()
+        return self._clock.seconds(lambda: merge_into(out_THD, lse_TH, part_THD, part_lse_TH))
+
+    def _copying(self, copy: Callable[[int], object]) -> Affine:
+        """Return the law of copying rows of keys and values."""
+        one_s = self._clock.seconds(lambda: copy(1))
+        all_s = self._clock.seconds(lambda: copy(KEYS))
+        return _affine(one_s, all_s, self._kv_SJD[1:].numel() * self._kv_SJD.element_size())
+
+    def _law(self, send: Callable[[Tensor], object], large_bytes: int = LARGE_BYTES) -> Affine:
+        """Return the law of something that all ranks send at once."""
+        small, large = self._message(SMALL_BYTES), self._message(large_bytes)
+        small_s = self._clock.collective_s(lambda: send(small))
+        large_s = self._clock.collective_s(lambda: send(large))
+        return _affine(small_s, large_s, large_bytes - SMALL_BYTES)
+
+    def _overlap(self, hop: Affine) -> float:
+        """How much of a hop fails to hide behind computation that takes as long."""
+
+        def compute() -> None:
+            self._attend(256, KEYS)
+
+        compute_s = self._clock.seconds(compute)
+        num_bytes = int((compute_s - hop.latency_s) * hop.bytes_per_s)
+        message = self._message(min(max(num_bytes, SMALL_BYTES), 4 * LARGE_BYTES))
+        hop_s = self._clock.collective_s(lambda: self._exchange(message, lambda: None))
+        both_s = self._clock.collective_s(lambda: self._exchange(message, compute))
+        shared_s = both_s - max(hop_s, compute_s)
+        return min(max(shared_s / min(hop_s, compute_s), 0.0), 1.0)
+
+    def _exchange(self, message: Tensor, compute: Callable[[], object]) -> None:
+        pending = self._ring.exchange(message, torch.empty_like(message))
+        compute()
+        pending.wait()
+
+    def _q(self, tokens: int) -> Tensor:
+        shape = (tokens, self._config.num_heads, self._config.head_dim)
+        return torch.zeros(shape, dtype=self._decoder.dtype, device=self._device)
+
+    def _kv(self, tokens: int) -> Tensor:
+        shape = (tokens, 2 * self._config.num_kv_heads, self._config.head_dim)
+        return torch.zeros(shape, dtype=self._decoder.dtype, device=self._device)
+
+    def _message(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+
+
+class _Clock:
+    """Times what all ranks do at once; every result is that of the slowest rank, on all."""
+
+    def __init__(self, ring: Ring, device: torch.device) -> None:
+        self._ring = ring
+        self._device = device
+        self._start_s = time.perf_counter()
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Return the seconds of one run, which exchanges nothing."""
+
+        def timed(count: int) -> float:
+            self._synchronize()
+            start_s = time.perf_counter()
+            for _ in range(count):
+                run()
+            self._synchronize()
+            return (time.perf_counter() - start_s) / count
+
+        timed(1)
+        count = math.ceil(SHORT_S / max(self._slowest(timed(1)), SHORT_S / 100))
+        return self.quartile(lambda: timed(count))
+
+    def collective_s(self, run: Callable[[], object]) -> float:
+        """Return the seconds of one run, in which all ranks take part."""
+
+        def timed() -> float:
+            start_s = time.perf_counter()
+            run()
+            self._synchronize()
+            return time.perf_counter() - start_s
+
+        return self.quartile(timed)
+
+    def quartile(self, timed: Callable[[], float]) -> float:
+        """Return the lower quartile of what some runs say they took; the first one warms up."""
+        first_s = self._slowest(timed())
+        repeats = REPEATS if first_s < SLOW_S else FEW_REPEATS
+        if self._slowest(time.perf_counter() - self._start_s) > PATIENCE_S:
+            repeats = 1
+        runs_s = []
+        for _ in range(repeats):
+            self._slowest(0.0)  # all begin together
+            runs_s.append(timed())
+        return self._slowest(sorted(runs_s)[(repeats - 1) // 4])
+
+    def _slowest(self, seconds: float) -> float:
+        if self._ring.size == 1:
+            return seconds
+        mine = torch.tensor([seconds], dtype=torch.float64).to(self._device)
+        return float(self._ring.all_gather(mine).max())
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _no_attention(layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
+    return q_THD.float()
+
+
+def _affine(small_s: float, large_s: float, more_bytes: float) -> Affine:
+    """Return the law through the times of a small message and one of so many bytes more."""
+    return Affine(small_s, more_bytes / max(large_s - small_s, more_bytes / 1e15))

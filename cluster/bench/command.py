@@ -1,0 +1,213 @@
+"""The command itself: its kinds and flags, the model, and where results go."""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.bench import choice, conversation, prediction, runs, speed
+from cluster.launch import connect_ray, disconnect_ray
+from models.errors import PromptError
+from models.needle_checkpoint import write_needle_checkpoint
+
+# A Llama shape that two cores can prefill in seconds.
+WIDTH_768 = {
+    "hidden_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 2048,
+    "vocab_size": 8192,
+    "max_position_embeddings": 65536,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of measurement."""
+
+    what: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    # Options, checkpoint, directory for measured rates: what to add to the report.
+    measure: Callable[[argparse.Namespace, Path, Path], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+
+
+KINDS = {
+    "prefill": Kind(
+        "N=1, N=2, the ideal, two threads, transformers",
+        lambda parser: speed.add_flags(parser, "1024,4096,16384"),
+        speed.measure_prefill,
+        runs.ratio_table,
+    ),
+    "decode": Kind(
+        "a step behind a context, against transformers",
+        lambda parser: speed.add_flags(parser, "1024,8192,32768"),
+        speed.measure_decode,
+        runs.ratio_table,
+    ),
+    "conversation": Kind(
+        "a second turn behind a cached first one, against transformers with its cache",
+        conversation.add_flags,
+        conversation.measure,
+        runs.ratio_table,
+    ),
+    "choice": Kind(
+        "pass-KV, pass-Q and what auto chooses, over the miss rate",
+        choice.add_flags,
+        choice.measure,
+        choice.table,
+    ),
+    "prediction": Kind(
+        "predicted against measured seconds, over new and cached tokens",
+        prediction.add_flags,
+        prediction.measure,
+        prediction.table,
+    ),
+}
+
+
+def add_command(commands: Any) -> None:
+    """Add ``bench`` to the command line."""
+    parser = commands.add_parser("bench", help="measure on this machine's CPU")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for name, kind in KINDS.items():
+        bench = kinds.add_parser(name, help=kind.what)
+        bench.add_argument("--model", default="width768", help="width768, needle, or a checkpoint")
+        kind.add_flags(bench)
+        bench.add_argument("--json", action="store_true", help="print JSON, for programs")
+        bench.add_argument("--output", type=Path, metavar="DIR", help="write JSON and a picture")
+        bench.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print a table, write the results; return the exit status."""
+    kind = KINDS[options.kind]
+    for name, read in _READERS.items():
+        if hasattr(options, name):
+            setattr(options, name, read(name, getattr(options, name)))
+    with tempfile.TemporaryDirectory(prefix="ringspan-bench-") as directory:
+        checkpoint = _checkpoint(options.model, Path(directory) / "model")
+        owns_ray = connect_ray(None)
+        try:
+            # Rates are measured now: those of an earlier start may be of a busy machine.
+            results = kind.measure(options, checkpoint, Path(directory) / "profile")
+        finally:
+            if owns_ray:
+                disconnect_ray()
+    report = {
+        "benchmark": f"ringspan bench {options.kind}",
+        "kind": options.kind,
+        "model": options.model,
+        "repeats": options.repeats,
+        "machine": _machine(),
+        **results,
+    }
+    print(json.dumps(report) if options.json else kind.table(report))
+    if options.output is not None:
+        _write(report, options)
+    return 0
+
+
+def _write(report: dict[str, Any], options: argparse.Namespace) -> None:
+    from cluster.bench.picture import draw
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / f"{options.kind}_{Path(options.model).name}"
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    stem.with_suffix(".txt").write_text(KINDS[options.kind].table(report) + "\n")
+    draw(report, stem.with_suffix(".png"))
+
+
+def _checkpoint(model: str, directory: Path) -> Path:
+    if model == "needle":
+        write_needle_checkpoint(directory)
+        return directory
+    if model != "width768":
+        return Path(model)
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**WIDTH_768)).save_pretrained(directory)
+    return directory
+
+
+def read_count(name: str, value: int) -> int:
+    """Return a number that must be 1 at least."""
+    if value < 1:
+        raise PromptError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+    return value
+
+
+def read_counts(name: str, text: str, *, least: int = 1) -> list[int]:
+    """Return integers of a flag, in their order, each once.
+
+    Raises:
+        PromptError: There is none, or one is no integer or too small.
+    """
+    try:
+        counts = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise PromptError(f"--{name} must be integers with commas, got {text!r}") from None
+    if min(counts) < least:
+        raise PromptError(f"--{name} must be >= {least}, got {min(counts)}")
+    return list(dict.fromkeys(counts))
+
+
+def read_percents(name: str, text: str) -> list[float]:
+    """Return percentages of a flag, in their order, each once.
+
+    Raises:
+        PromptError: There is none, or one is no number or not in (0, 100].
+    """
+    try:
+        percents = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise PromptError(f"--{name} must be numbers with commas, got {text!r}") from None
+    for percent in percents:
+        if not 0 < percent <= 100:
+            raise PromptError(f"--{name} must be per cent in (0, 100], got {percent:g}")
+    return list(dict.fromkeys(percents))
+
+
+# By option, whichever kind has it.
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "lengths": read_counts,
+    "new": read_counts,
+    "cached": lambda name, text: read_counts(name, text, least=0),
+    "miss": read_percents,
+    "repeats": read_count,
+    "steps": read_count,
+    "tokens": read_count,
+    "new_tokens": read_count,
+}
+
+
+def _machine() -> dict[str, str]:
+    model = next(
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "cpu": f"{model}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
