@@ -9,8 +9,11 @@ from actors.generation import Generation
 from actors.logprobs import Spell, read_logprobs, read_prompt_logprobs
 from actors.messages import (
     CompletionOutput,
+    DecodeRow,
     Logprobs,
-    PrefillPlan,
+    Phase,
+    PrefillChunk,
+    RequestDelta,
     SequenceResult,
     StepRecord,
     StepResult,
@@ -31,18 +34,42 @@ class Answer:
         self.first_token_s = 0.0
         self._text = text
         self._logprobs: list[TokenLogprobs] = []
-        self._prompt_logprobs: list[TokenLogprobs] = []  # of each rank
+        # By the position of a chunk: the chunk, and each rank's rows of it.
+        self._prompt_logprobs: dict[int, tuple[PrefillChunk, list[TokenLogprobs | None]]] = {}
+        self._told = 0, 0  # tokens, and characters, that a stream has
 
-    def take(self, record: StepRecord, results: Sequence[SequenceResult]) -> None:
-        """Take what each rank made of this sequence in a step."""
+    def take(
+        self,
+        record: StepRecord,
+        part: PrefillChunk | DecodeRow,
+        results: Sequence[SequenceResult],
+    ) -> None:
+        """Take what each rank made of this answer's part in a step."""
         self.records.append(record)
         if self.generation.token_ids:
             self.first_token_s = self.first_token_s or time.perf_counter()
-        for result in results:
-            if result.logprobs is not None:
-                self._logprobs.append(result.logprobs)
-            if result.prompt_logprobs is not None:
-                self._prompt_logprobs.append(result.prompt_logprobs)
+        self._logprobs += [each.logprobs for each in results if each.logprobs is not None]
+        if isinstance(part, PrefillChunk) and part.prompt_logprobs is not None:
+            self._prompt_logprobs[part.start] = part, [each.prompt_logprobs for each in results]
+
+    def delta(self, request_id: str, index: int) -> RequestDelta | None:
+        """Return what is new since the last call, or None where nothing is."""
+        generation = self.generation
+        told_tokens, told_text = self._told
+        text = "" if self._text is None else self._text.safe_text(generation.finish_reason)
+        tokens = generation.token_ids[told_tokens:]
+        ended = generation.finish_reason is not None
+        if not tokens and len(text) <= told_text and not ended:
+            return None
+        self._told = len(generation.token_ids), max(told_text, len(text))
+        return RequestDelta(
+            request_id=request_id,
+            index=index,
+            text=text[told_text:],
+            token_ids=tuple(tokens),
+            finish_reason=generation.finish_reason,
+            stop_reason=generation.stop_reason,
+        )
 
     def complete(self) -> None:
         """Wake whoever waits for the answer."""
@@ -87,27 +114,32 @@ class Answer:
         """Return those of the prompt's tokens, where they were asked for."""
         if not self._prompt_logprobs:
             return None
-        return read_prompt_logprobs(self._prompt_logprobs, prompt_tokens, spell)
+        return read_prompt_logprobs(list(self._prompt_logprobs.values()), prompt_tokens, spell)
 
 
-def step_record(step: Step, results: Sequence[StepResult], wall_s: float) -> StepRecord:
+def step_record(
+    step: Step, results: Sequence[StepResult], *, plan_s: float, wall_s: float
+) -> StepRecord:
     """Return what a step was, and where its time went."""
     plan = step.plan
-    is_prefill = isinstance(plan, PrefillPlan)
-    sampled = sum(
+    prefill_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+    decode_tokens = sum(
         max(len(result.sequences[index].token_ids) for result in results)
-        for index in range(len(step.generations))
+        for index in range(len(plan.chunks), len(plan.parts))
     )
+    kinds: dict[tuple[bool, bool], Phase] = {(True, False): "prefill", (False, True): "decode"}
     return StepRecord(
         number=plan.number,
-        phase="prefill" if is_prefill else "decode",
+        phase=kinds.get((bool(plan.chunks), bool(plan.rows)), "mixed"),
         sequence_ids=tuple(generation.sequence_id for generation in step.generations),
-        new_tokens=step.new_tokens if is_prefill else sampled,
+        prefill_tokens=prefill_tokens,
+        decode_tokens=decode_tokens,
         cached_tokens=step.cached_tokens,
         algorithm=step.algorithm,
         num_ranks=len(results),
         predicted_s=step.predicted_s,
         prices_s={} if step.choice is None else step.choice.prices_s,
+        plan_s=plan_s,
         wall_s=wall_s,
         ranks_wall_s=tuple(result.wall_s for result in results),
         ranks_parts_s=tuple(result.parts_s for result in results),

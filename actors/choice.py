@@ -16,6 +16,7 @@ from models.ring_rules import Algorithm, algorithm_1, algorithm_5, empirical
 
 Rule = Literal["auto", "pass_kv", "pass_q", "algorithm_1", "algorithm_5", "empirical"]
 TIE = 0.01  # pass-KV, which needs no return of partials, is taken up to this share dearer
+LEAST_TARGET_S = 0.05  # a shorter step would be Ray's call more than work
 KEPT_RATIOS = 15  # of measured to predicted time; their median is believed
 RATIO_LIMIT = 4.0  # what lies further from the price, a stall say, says nothing of the rates
 
@@ -94,6 +95,50 @@ class Chooser:
         if self._rates is None:
             return None
         return price_decode(rows_by_rank, self._model, self._rates).total_s
+
+    def riding(self, rows_by_rank: Sequence[tuple[int, ...]]) -> float | None:
+        """Return what one decode step of these costs beside a prefill chunk.
+
+        The layers' weights are read for the chunk anyway: what is left is attention
+        and the exchange of partials and tokens.
+        """
+        if self._rates is None:
+            return None
+        if not rows_by_rank:
+            return 0.0
+        parts_s = price_decode(rows_by_rank, self._model, self._rates).parts_s
+        return sum(s for part, s in parts_s.items() if part not in ("gemm", "fixed"))
+
+    def prefill_work(self, reused: int, done: int) -> float:
+        """Return the price of a prompt's tokens from ``reused`` to ``done``, in large chunks.
+
+        It grows faster than their number, for later tokens attend to more; 0 without tokens,
+        and their number without rates.
+        """
+        if done <= reused:
+            return 0.0
+        if self._rates is None:
+            return float(done - reused)
+        shares = tuple(reused // self._num_ranks for _ in range(self._num_ranks))
+        sequence = SequenceShape(new_tokens=done - reused, cached_rows=shares)
+        parts_s = price_prefill(
+            "pass_kv", [sequence], self._model, self._rates, self._num_ranks
+        ).parts_s
+        return parts_s["gemm"] + parts_s["attention"]
+
+    def step_target_s(self) -> float:
+        """Return how long a step should take: as long as computing efficiently takes.
+
+        That is the price of the smallest chunk whose tokens cost at most a tenth more
+        than in the largest one measured, behind as many cached tokens again.
+        """
+        assert self._rates is not None
+        linear, ranks = self._rates.linear, self._num_ranks
+        sizes = [2**power for power in range(4, 13)]
+        best = min(linear(size) / size for size in sizes)
+        size = next(size for size in sizes if linear(size) / size <= 1.1 * best)
+        sequence = SequenceShape(new_tokens=size * ranks, cached_rows=(size,) * ranks)
+        return max(LEAST_TARGET_S, min(self._prices_s([sequence]).values()))
 
     def observe(self, choice: Choice, measured_s: float) -> None:
         """Learn from a step that was executed as chosen.

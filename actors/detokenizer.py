@@ -104,6 +104,16 @@ class AnswerText:
         self.text = self.text[: begin + len(stop) if self._include_stop else begin]
         return stop
 
+    def safe_text(self, has_ended: object) -> str:
+        """Return the text that no later token takes back, all of it where the answer has ended.
+
+        Its last characters may be the begin of a stop text.
+        """
+        longest = max(map(len, self._stop), default=1) - 1
+        if has_ended or not longest or self._include_stop:
+            return self.text
+        return self.text[:-longest]
+
     def finish(self) -> None:
         """Add what is held back; not after a stop text."""
         self.text += self._detokenizer.flush()

@@ -25,7 +25,7 @@ MIN_SHARED_TOKENS = 16
 class _Sequence:
     salt: str
     token_ids: TokenIds  # accepted, with KV on the ranks: those in the tree
-    final_rows: tuple[int, ...]  # that it may come to have on each rank while it runs
+    final_rows: tuple[int, ...]  # that it comes to have on each rank before it decodes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class DeviceCache:
         """Begin with all pages free; without ``shares`` nothing is kept and nothing reused."""
         self.num_ranks = num_ranks
         self.rows_per_rank = num_pages * page_tokens
-        self._shares = shares
+        self.shares = shares
         self._tables = [
             PageTable(num_pages=num_pages, page_tokens=page_tokens) for _ in range(num_ranks)
         ]
@@ -79,7 +79,7 @@ class DeviceCache:
         )
 
     def fits(self, final_rows: Sequence[int], match: Match) -> bool:
-        """Return whether a further sequence can run to its end beside those that run."""
+        """Return whether a further sequence can be prefilled beside those that run."""
         shared_rows = self.rows(match.source_id, match.tokens)
         return all(
             self._fits(rank, rows, shared, match.source_id)
@@ -87,7 +87,7 @@ class DeviceCache:
         )
 
     def begin(self, sequence_id: int, salt: str, match: Match, final_rows: Sequence[int]) -> None:
-        """Let a sequence run; ``final_rows`` is what it may come to have on each rank."""
+        """Let a sequence run; ``final_rows`` is what its prefill comes to on each rank."""
         self._running[sequence_id] = _Sequence(salt, np.empty(0, dtype=np.int32), tuple(final_rows))
         if match.source_id is not None:
             if match.source_id in self._kept:
@@ -100,18 +100,21 @@ class DeviceCache:
         """Make room for new tokens of a running sequence; kept ones make way.
 
         Raises:
-            MemoryError: More is asked for than `fits` was told.
+            MemoryError: Those that run hold too much of a rank; nothing is grown.
         """
         for rank, (table, spans) in enumerate(zip(self._tables, spans_by_rank, strict=True)):
             rows = sum(count for _, count in spans)
             self._make_room(rank, table.pages_to_grow(sequence_id, rows))
+            needed = table.pages_to_grow(sequence_id, rows)
+            if table.num_free_pages < needed:
+                raise MemoryError(f"rank {rank} has no room for {rows} more rows beside what runs")
         self._apply(Grow(sequence_id=sequence_id, spans_by_rank=tuple(map(tuple, spans_by_rank))))
 
     def accept(self, sequence_id: int, token_ids: TokenIds) -> None:
         """Let others share these tokens of a running sequence, whose KV the ranks hold."""
         sequence = self._running[sequence_id]
         sequence.token_ids = token_ids
-        if self._shares:
+        if self.shares:
             self._trees.setdefault(sequence.salt, PrefixTree()).insert(sequence_id, token_ids)
 
     def truncate(self, sequence_id: int, position: int) -> None:
@@ -121,7 +124,7 @@ class DeviceCache:
     def finish(self, sequence_id: int) -> None:
         """End a running sequence; what was accepted of it is kept for others."""
         sequence = self._running.pop(sequence_id)
-        if not self._shares or not len(sequence.token_ids):
+        if not self.shares or not len(sequence.token_ids):
             self._forget(sequence_id, sequence)
             return
         if any(table.run(sequence_id).end > len(sequence.token_ids) for table in self._tables):
@@ -146,6 +149,17 @@ class DeviceCache:
         ops, self._ops = tuple(self._ops), []
         return ops
 
+    def page_counts(self) -> list[dict[str, int]]:
+        """Return each rank's pages: all, free, and those of running sequences."""
+        return [
+            {
+                "total": table.num_pages,
+                "free": table.num_free_pages,
+                "running": len(table.held_pages(self._running)),
+            }
+            for table in self._tables
+        ]
+
     @property
     def kept_tokens(self) -> int:
         """Tokens of kept sequences; those that several share count for each."""
@@ -164,7 +178,7 @@ class DeviceCache:
             assert table.sequence_ids() <= known.keys()
         for sequence_id, sequence in known.items():
             in_tree = sequence_id in self._trees.get(sequence.salt, ())
-            assert in_tree == (self._shares and len(sequence.token_ids) > 0)
+            assert in_tree == (self.shares and len(sequence.token_ids) > 0)
             accepted = len(sequence.token_ids)
             assert sum(self.rows(sequence_id, accepted)) == accepted
         for sequence_id, sequence in self._kept.items():

@@ -5,6 +5,8 @@ ClusterError
 +-- RayUnreachable   there is no Ray cluster at the address given
 +-- RankLost         a rank died or stopped answering
 +-- StepFailed       a step failed on a rank that is still alive
++-- QueueFull        more requests wait than may
++-- UnknownRequest   no request of this id waits or runs
 +-- TraceError       a trace that cannot be started, stopped or written
 """
 
@@ -29,6 +31,14 @@ class RankLost(ClusterError):
 
 class StepFailed(ClusterError):
     """A step failed on a rank that is still alive."""
+
+
+class QueueFull(ClusterError):
+    """More requests wait than may; try again later."""
+
+
+class UnknownRequest(ClusterError):
+    """No request of this id waits or runs."""
 
 
 class TraceError(ClusterError):

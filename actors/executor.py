@@ -1,23 +1,16 @@
 """One rank's part of a plan: which rows it computes, and what it samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from actors.messages import (
-    DecodePlan,
-    DecodeRow,
-    Plan,
-    PrefillChunk,
-    PrefillPlan,
-    SequenceResult,
-)
+from actors.messages import DecodeRow, Plan, PrefillChunk, SequenceResult
 from actors.sampler import Sampler
 from attention import PassKVAttention, PassQAttention, Ring, RingSequence
 from attention.timing import PartTimer
 from models.decoder import Decoder
-from models.layer_attention import DecodeAttention, NewRows, PrefillAttention
+from models.layer_attention import DecodeAttention, MixedAttention, NewRows, PrefillAttention
 from models.logprobs import TokenLogprobs, logprobs_in_pieces
 from models.page_pool import PagePool
 
@@ -49,23 +42,30 @@ class PlanExecutor:
             self._pool.apply(op, self.ring.rank)
         for sequence_id in plan.ended:
             self._sampler.forget(sequence_id)
-        if isinstance(plan, PrefillPlan):
-            return self._prefill(plan, timer)
-        return self._decode(plan, timer)
+        if plan.chunks:
+            return self._mixed(plan, timer)
+        return self._burst(plan.rows, timer)
 
-    def _prefill(self, plan: PrefillPlan, timer: PartTimer) -> tuple[SequenceResult, ...]:
+    def _mixed(self, plan: Plan, timer: PartTimer) -> tuple[SequenceResult, ...]:
+        """Compute prefill chunks, and one decode step of the rows beside them."""
         rank = self.ring.rank
-        sharded = [chunk for chunk in plan.chunks if chunk.home is None]
-        whole = [chunk for chunk in plan.chunks if chunk.home == rank]
-        if not sharded and not whole:
-            return tuple(SequenceResult(token_ids=()) for _ in plan.chunks)
+        computed = [chunk for chunk in plan.chunks if chunk.home is None]
+        computed += [chunk for chunk in plan.chunks if chunk.home == rank]
+        if not computed:
+            nothing = tuple(SequenceResult(token_ids=()) for _ in plan.chunks)
+            return nothing + self._burst(plan.rows, timer)
         # Of each chunk, the indices of the new tokens that this rank computes.
-        indices = [chunk.zigzag().indices(rank) for chunk in sharded]
-        indices += [torch.arange(len(chunk.token_ids)) for chunk in whole]
-        computed = [*sharded, *whole]
+        indices = [
+            chunk.zigzag().indices(rank)
+            if chunk.home is None
+            else torch.arange(len(chunk.token_ids))
+            for chunk in computed
+        ]
         samples = [chunk.draw is not None and chunk.sampling_rank == rank for chunk in computed]
         keeps_all = any(chunk.prompt_logprobs is not None for chunk in plan.chunks)
-        hidden_TE = self._forward(plan, computed, indices, samples, keeps_all, timer)
+        rows = self._own_rows(plan.rows)
+        hidden_TE = self._forward(plan, computed, indices, samples, rows, keeps_all, timer)
+        hidden_TE, decoded_BE = hidden_TE.split([len(hidden_TE) - len(rows), len(rows)])
         prompt_logprobs: dict[int, TokenLogprobs] = {}
         if keeps_all:
             pieces = hidden_TE.split([len(each) for each in indices])
@@ -76,28 +76,36 @@ class PlanExecutor:
                     prompt_logprobs[chunk.sequence_id] = found
             hidden_TE = hidden_TE[_last_rows(indices, samples)]
         with timer("sample"):
-            chosen = self._sample_first(
+            token_ids = self._sample_first(
                 hidden_TE, [chunk for chunk, own in zip(computed, samples, strict=True) if own]
             )
+        if rows:
+            choices = self._choose(decoded_BE, rows, 0, timer)
+            for row, (token_id, _) in zip(rows, choices, strict=True):
+                token_ids[row.sequence_id] = (token_id,)
         return tuple(
             SequenceResult(
-                token_ids=chosen.get(chunk.sequence_id, ()),
-                logprobs=self._sampler.take_logprobs(chunk.sequence_id),
-                prompt_logprobs=prompt_logprobs.get(chunk.sequence_id),
+                token_ids=token_ids.get(part.sequence_id, ()),
+                logprobs=self._sampler.take_logprobs(part.sequence_id),
+                prompt_logprobs=prompt_logprobs.get(part.sequence_id),
             )
-            for chunk in plan.chunks
+            for part in plan.parts
         )
 
     def _forward(
         self,
-        plan: PrefillPlan,
+        plan: Plan,
         computed: Sequence[PrefillChunk],
         indices: Sequence[Tensor],
         samples: Sequence[bool],
+        decoded: Sequence[DecodeRow],
         keeps_all: bool,
         timer: PartTimer,
     ) -> Tensor:
-        """Return the hidden states that are wanted: of all rows, or of last tokens to sample."""
+        """Return the hidden states that are wanted, those of decode rows behind all others.
+
+        Of chunks these are all rows, or the last tokens that are sampled from.
+        """
         device = self._decoder.device
         ids_T = torch.cat(
             [
@@ -141,12 +149,23 @@ class PlanExecutor:
             timer,
             last_layer=None if keeps_all else last_layer,
         )
+        kept = None if keeps_all else _last_rows(indices, samples)
+        if not decoded:
+            return self._decoder.forward(
+                ids_T.to(device), positions_T.to(device), attention, timer, keep_rows=kept
+            )
+        decoded_ids, decoded_positions, decode_attention = self._decode_inputs(
+            decoded, 0, {}, timer
+        )
+        num_rows = len(ids_T)
+        if kept is not None:
+            kept += range(num_rows, num_rows + len(decoded))
         return self._decoder.forward(
-            ids_T.to(device),
-            positions_T.to(device),
-            attention,
+            torch.cat([ids_T, torch.tensor(decoded_ids)]).to(device),
+            torch.cat([positions_T, torch.tensor(decoded_positions)]).to(device),
+            MixedAttention(attention, decode_attention, len(decoded)),
             timer,
-            keep_rows=None if keeps_all else _last_rows(indices, samples),
+            keep_rows=kept,
         )
 
     def _sample_first(
@@ -171,7 +190,9 @@ class PlanExecutor:
         """Return the log-probabilities of the tokens that follow this rank's own in the prompt."""
         assert chunk.prompt_logprobs is not None
         next_T = torch.from_numpy(chunk.token_ids).long()[1:]
-        # Nothing follows the last token.
+        if chunk.next_token_id is not None:
+            next_T = torch.cat([next_T, torch.tensor([chunk.next_token_id])])
+        # Nothing follows the prompt's last token.
         before_next_R = indices_T[indices_T < len(next_T)]
         return logprobs_in_pieces(
             self._decoder.logits,
@@ -181,16 +202,26 @@ class PlanExecutor:
             self._decoder.config.vocab_size,
         )
 
-    def _decode(self, plan: DecodePlan, timer: PartTimer) -> tuple[SequenceResult, ...]:
-        rank = self.ring.rank
-        token_ids: dict[int, list[int]] = {row.sequence_id: [] for row in plan.rows}
-        active = [row for row in plan.rows if row.home is None]
-        active += [row for row in plan.rows if row.home == rank]
-        for step in range(max(len(row.owners) for row in plan.rows)):
+    def _own_rows(self, rows: Sequence[DecodeRow]) -> list[DecodeRow]:
+        """Return the rows that this rank computes: the sharded ones, then its own whole ones."""
+        sharded = [row for row in rows if row.home is None]
+        return sharded + [row for row in rows if row.home == self.ring.rank]
+
+    def _burst(self, rows: Sequence[DecodeRow], timer: PartTimer) -> tuple[SequenceResult, ...]:
+        """Decode step after step; a row leaves at a stop id, or where its steps are over."""
+        token_ids: dict[int, list[int]] = {row.sequence_id: [] for row in rows}
+        active = self._own_rows(rows)
+        for step in range(max((len(row.owners) for row in rows), default=0)):
             active = [row for row in active if step < len(row.owners)]
             if not active:
                 break
-            hidden_BE = self._decode_step(active, step, token_ids, timer)
+            ids, positions, attention = self._decode_inputs(active, step, token_ids, timer)
+            hidden_BE = self._decoder.forward(
+                torch.tensor(ids, device=self._decoder.device),
+                torch.tensor(positions, device=self._decoder.device),
+                attention,
+                timer,
+            )
             choices = self._choose(hidden_BE, active, step, timer)
             for row, (token_id, _) in zip(active, choices, strict=True):
                 token_ids[row.sequence_id].append(token_id)
@@ -200,19 +231,18 @@ class PlanExecutor:
                 token_ids=tuple(token_ids[row.sequence_id]),
                 logprobs=self._sampler.take_logprobs(row.sequence_id),
             )
-            for row in plan.rows
+            for row in rows
         )
 
-    def _decode_step(
+    def _decode_inputs(
         self,
         rows: Sequence[DecodeRow],
         step: int,
-        token_ids: dict[int, list[int]],
+        token_ids: Mapping[int, Sequence[int]],
         timer: PartTimer,
-    ) -> Tensor:
-        """Return ``hidden_BE`` of one new token of each sequence; sharded ones come first."""
-        rank, device = self.ring.rank, self._decoder.device
-        last_ids = [(row.token_id, *token_ids[row.sequence_id])[-1] for row in rows]
+    ) -> tuple[list[int], list[int], DecodeAttention]:
+        """Return ids, positions and attention of one new token of each row."""
+        rank = self.ring.rank
         new_rows = []
         for row in rows:
             before = self._pool.table.run(row.sequence_id).rows_below(row.position)
@@ -227,12 +257,8 @@ class PlanExecutor:
         attention = DecodeAttention(
             new_rows[:num_sharded], new_rows[num_sharded:], self._pool, self.ring, timer
         )
-        return self._decoder.forward(
-            torch.tensor(last_ids, device=device),
-            torch.tensor([row.position + step for row in rows], device=device),
-            attention,
-            timer,
-        )
+        ids = [(row.token_id, *token_ids.get(row.sequence_id, ()))[-1] for row in rows]
+        return ids, [row.position + step for row in rows], attention
 
     def _choose(
         self, hidden_BE: Tensor, rows: Sequence[DecodeRow], step: int, timer: PartTimer
@@ -240,21 +266,26 @@ class PlanExecutor:
         """Sample where this rank is the one to; all ranks get to know those of sharded rows."""
         rank = self.ring.rank
         own = [index for index, row in enumerate(rows) if row.sampling_rank == rank]
-        choices = torch.zeros(len(rows), 2, dtype=torch.int64)
-        with timer("sample"):
-            logits_RV = self._decoder.logits(hidden_BE[own]) if own else ()
-            for index, logits_V in zip(own, logits_RV, strict=True):
-                row = rows[index]
-                choices[index] = torch.tensor(
-                    self._sampler.choose(logits_V, row.sequence_id, row.draw, row.index + step)
-                )
+        choices: list[Choice] = [(0, False)] * len(rows)
+        if own:
+            with timer("sample"):
+                own_BE = hidden_BE if len(own) == len(rows) else hidden_BE[own]
+                asked = [
+                    (row.sequence_id, row.draw, row.index + step)
+                    for row in (rows[index] for index in own)
+                ]
+                found = self._sampler.choose_each(self._decoder.logits(own_BE), asked)
+                for index, choice in zip(own, found, strict=True):
+                    choices[index] = choice
         num_sharded = sum(row.home is None for row in rows)
         if num_sharded and self.ring.size > 1:
             with timer("wait"):
-                gathered = self.ring.all_gather(choices[:num_sharded].to(self._decoder.device))
-                sources = [row.sampling_rank for row in rows[:num_sharded]]
-                choices[:num_sharded] = gathered.cpu()[sources, range(num_sharded)]
-        return [(token_id, bool(stop)) for token_id, stop in choices.tolist()]
+                sent = torch.tensor(choices[:num_sharded], dtype=torch.int64)
+                gathered = self.ring.all_gather(sent.to(self._decoder.device)).tolist()
+                for index, row in enumerate(rows[:num_sharded]):
+                    token_id, stop = gathered[row.sampling_rank][index]
+                    choices[index] = token_id, bool(stop)
+        return choices
 
     def _count_round(self) -> None:
         self._rounds_done += 1

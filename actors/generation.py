@@ -1,12 +1,10 @@
 """One answer's tokens: what was sampled, and when it ends. No Ray, no tensors, no clock."""
 
-from typing import Literal
-
 import numpy as np
 
 from actors.detokenizer import AnswerText
 from actors.draws import BadWords, make_draw
-from actors.messages import TokenIds
+from actors.messages import FinishReason, TokenIds
 from models.sampling import SamplingParams
 
 
@@ -23,6 +21,7 @@ class Generation:
         eos_ids: tuple[int, ...],
         max_model_len: int,
         cache_salt: str = "",
+        priority: int = 0,
         bad_words: BadWords = (),
         text: AnswerText | None = None,
         wants_prompt_logprobs: bool = True,
@@ -34,8 +33,9 @@ class Generation:
         self.sequence_id = sequence_id
         self.prompt = prompt
         self.cache_salt = cache_salt
+        self.priority = priority
         self.token_ids: list[int] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.num_cached_tokens = 0  # of the prompt, found on the ranks when it began
         self.draw = make_draw(params, seed, eos_ids, bad_words)
@@ -61,6 +61,12 @@ class Generation:
             self._check_end(token_id)
             if self.finish_reason is not None:
                 return
+
+    def end(self, reason: FinishReason) -> None:
+        """End the answer with what it has."""
+        self.finish_reason = reason
+        if self._text is not None:
+            self._text.finish()
 
     def _check_end(self, token_id: int) -> None:
         is_stop = token_id in self.draw.stop_ids

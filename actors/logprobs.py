@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from actors.messages import Logprob, Logprobs
-from attention import Zigzag
+from actors.messages import Logprob, Logprobs, PrefillChunk
 from models.logprobs import TokenLogprobs
 
 Spell = Callable[[int], str | None]  # a token's text
@@ -32,15 +31,19 @@ def read_logprobs(rows: TokenLogprobs, spell: Spell) -> list[Logprobs]:
 
 
 def read_prompt_logprobs(
-    of_ranks: Sequence[TokenLogprobs], prompt_tokens: int, spell: Spell
+    chunks: Sequence[tuple[PrefillChunk, Sequence[TokenLogprobs | None]]],
+    prompt_tokens: int,
+    spell: Spell,
 ) -> tuple[Logprobs | None, ...]:
-    """Put the ranks' rows together, each rank's being its own tokens' by `Zigzag`."""
-    zigzag = Zigzag(num_tokens=prompt_tokens, num_ranks=len(of_ranks))
+    """Put chunks' rows together: of each chunk those of every rank, which are its own tokens'."""
     read: list[Logprobs | None] = [None] * prompt_tokens
-    for rank, rows in enumerate(of_ranks):
-        # A row is about the token after its own; the rank of the last token has one row fewer.
-        for index, logprobs in zip(
-            zigzag.indices(rank).tolist(), read_logprobs(rows, spell), strict=False
-        ):
-            read[index + 1] = logprobs
+    for chunk, of_ranks in chunks:
+        for rank, rows in enumerate(of_ranks):
+            if rows is None:
+                continue
+            indices = range(len(chunk.token_ids))
+            own = chunk.zigzag().indices(rank).tolist() if chunk.home is None else indices
+            # A row is about the token after its own; behind the prompt's last there is none.
+            for index, logprobs in zip(own, read_logprobs(rows, spell), strict=False):
+                read[chunk.start + index + 1] = logprobs
     return tuple(read)

@@ -19,6 +19,9 @@ from models.sampling import SamplingParams
 
 TokenIds = npt.NDArray[np.int32]
 Algorithm = Literal["pass_kv", "pass_q"]
+# abort: by `cancel`; deadline: its time was over. What was sampled before is kept.
+Phase = Literal["prefill", "decode", "mixed"]
+FinishReason = Literal["stop", "length", "abort", "deadline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,8 @@ class PrefillChunk:
     # the draw depends on them.
     context_ids: TokenIds | None = None
     answer_tokens: int = 0
-    prompt_logprobs: int | None = None  # as `Draw.logprobs`, of all token_ids but the first
+    prompt_logprobs: int | None = None  # as `Draw.logprobs`, of the tokens that follow these
+    next_token_id: int | None = None  # in the prompt, behind these; None: they are its last
 
     @property
     def start(self) -> int:
@@ -103,17 +107,6 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillPlan:
-    """One step over the new tokens of some sequences; samples a token of each that is complete."""
-
-    number: int
-    cache_ops: tuple[CacheOp, ...]  # executed first, in their order
-    ended: tuple[int, ...]  # sequences whose answers are complete: the sampler forgets them
-    chunks: tuple[PrefillChunk, ...]
-    algorithm: Algorithm  # of the sharded ones
-
-
-@dataclass(frozen=True, kw_only=True)
 class DecodeRow:
     """One sequence of a burst of decode steps; it leaves the burst at a stop id."""
 
@@ -128,16 +121,23 @@ class DecodeRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodePlan:
-    """A burst of decode steps of some sequences; rows may have fewer steps than others."""
+class Plan:
+    """What all ranks do next: a step over prefill chunks and decode rows, or a burst of decode.
+
+    Where there are chunks every row has one step. Rows may have fewer steps than others.
+    """
 
     number: int
-    cache_ops: tuple[CacheOp, ...]
-    ended: tuple[int, ...]
+    cache_ops: tuple[CacheOp, ...]  # executed first, in their order
+    ended: tuple[int, ...]  # sequences that run no more: the sampler forgets them
+    chunks: tuple[PrefillChunk, ...]
     rows: tuple[DecodeRow, ...]
+    algorithm: Algorithm  # of the sharded chunks
 
-
-Plan = PrefillPlan | DecodePlan
+    @property
+    def parts(self) -> "tuple[PrefillChunk | DecodeRow, ...]":
+        """Chunks, then rows: the order of results."""
+        return (*self.chunks, *self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +166,24 @@ class StepRecord:
     """What a step was and where its time went; one for every plan, from the first day."""
 
     number: int
-    phase: Literal["prefill", "decode"]
+    phase: Phase
     sequence_ids: tuple[int, ...]
-    new_tokens: int  # computed in this step: the chunks of a prefill, the burst of a decode
+    prefill_tokens: int  # computed in this step
+    decode_tokens: int  # sampled by decode rows in this step
     cached_tokens: int  # before it, of all these sequences
     algorithm: str  # what was chosen
     num_ranks: int
     predicted_s: float | None  # of this choice; None without measured rates
     prices_s: dict[str, float]  # of each choice there was, where they were compared
-    wall_s: float  # seen by the coordinator
+    plan_s: float  # of the coordinator, before it: which plan
+    wall_s: float  # seen by the coordinator, with what it made of the results
     ranks_wall_s: tuple[float, ...]
     ranks_parts_s: tuple[dict[str, float], ...]
+
+    @property
+    def new_tokens(self) -> int:
+        """All tokens of this step."""
+        return self.prefill_tokens + self.decode_tokens
 
     def line(self) -> str:
         """Return the record as one line for people."""
@@ -206,15 +213,20 @@ class Request:
     messages: tuple[dict[str, Any], ...] | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""  # prompts of one salt share their prefixes' KV, of two never
+    priority: int = 0  # a lower one goes first
+    deadline_s: float | None = None  # from its arrival; then it ends with what it has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far the prefill under way has come."""
+    """How far the prefill of a request has come."""
 
+    request_id: str
     total_tokens: int
-    done_tokens: int
-    elapsed_s: float
+    done_tokens: int  # reused ones among them; never fewer than told before
+    elapsed_s: float  # since it began
+    tokens_per_s: float  # computed
+    left_s: float | None  # until the first token, by prices; None: not begun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +248,22 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: tuple[int, ...]  # with the one that ended the answer
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     stop_reason: int | str | None = None  # the stop token or text; None for EOS and "length"
     logprobs: tuple[Logprobs, ...] | None = None  # of each of token_ids, where asked for
     cumulative_logprob: float | None = None  # of token_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestDelta:
+    """What is new of one answer of a streamed request."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None  # set in an answer's last delta
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

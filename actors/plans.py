@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from actors.messages import Algorithm, PrefillChunk, PrefillPlan, TokenIds
+from actors.messages import Algorithm, Plan, PrefillChunk, TokenIds
 from attention import Zigzag
 from models.page_table import Grow, Span, Truncate
 
@@ -50,7 +50,7 @@ def prefill_plan(
     *,
     algorithm: Algorithm = "pass_kv",
     **options: Any,
-) -> PrefillPlan:
+) -> Plan:
     """Return the plan of one prompt, computed anew and sharded, as measurements want it.
 
     ``options`` are fields of `PrefillChunk`.
@@ -66,7 +66,7 @@ def prefill_plan(
         }
     )
     spans = tuple(chunk_spans(chunk))
-    return PrefillPlan(
+    return Plan(
         number=0,
         cache_ops=(
             Truncate(sequence_id=sequence_id, position=0),
@@ -74,5 +74,6 @@ def prefill_plan(
         ),
         ended=(),
         chunks=(chunk,),
+        rows=(),
         algorithm=algorithm,
     )

@@ -1,5 +1,7 @@
 """How the sampling rank chooses tokens, and what it keeps of each sequence to do so."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,28 @@ class Sampler:
             self._logprobs.setdefault(sequence_id, []).append(found)
         return token_id, token_id in draw.stop_ids
 
+    @torch.inference_mode()
+    def choose_each(
+        self, logits_RV: Tensor, asked: Sequence[tuple[int, Draw, int]]
+    ) -> list[tuple[int, bool]]:
+        """Return `choose` of every row; what is asked is ``(sequence_id, draw, index)``."""
+        greedy_ids = [0] * len(asked)
+        if any(_is_plain_greedy(draw) for _, draw, _ in asked):
+            greedy_ids = logits_RV.argmax(-1).tolist()
+        return [
+            (token_id, token_id in draw.stop_ids)
+            if _is_plain_greedy(draw) and sequence_id not in self._histories
+            else self.choose(logits_V, sequence_id, draw, index)
+            for logits_V, token_id, (sequence_id, draw, index) in zip(
+                logits_RV, greedy_ids, asked, strict=True
+            )
+        ]
+
     def take_logprobs(self, sequence_id: int) -> TokenLogprobs | None:
         """Return those of the tokens chosen since the last call, where they were asked for."""
         taken = self._logprobs.pop(sequence_id, None)
         return None if taken is None else join_logprobs(taken)
+
+
+def _is_plain_greedy(draw: Draw) -> bool:
+    return draw.temperature == 0.0 and draw.rules is None and draw.logprobs is None

@@ -1,35 +1,50 @@
 """Which plan comes next, for all requests: events in, plans out. No Ray, no tensors, no clock.
 
 Call `next_step`, have all ranks execute its plan, and hand their results to `advance`,
-until `next_step` returns None. What waits and fits is prefilled in one step, each sequence
-sharded on its own; then all that run decode in bursts.
+until `next_step` returns None. Prompts are prefilled in chunks that keep a step near its
+target time; the answers that decode take one step beside each chunk, and bursts of steps
+where no prompt is under way.
+
+An answer runs as soon as its prompt fits beside the others. Where answers outgrow the
+pages, the newest makes way: it waits again, and goes on from its tokens.
 """
 
-from collections import deque
+import itertools
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from actors.admission import Admission, Place
 from actors.choice import Choice, Chooser
-from actors.device_cache import MIN_SHARED_TOKENS, DeviceCache, Match
+from actors.chunks import size_chunks
+from actors.device_cache import DeviceCache
+from actors.errors import QueueFull
 from actors.generation import Generation
-from actors.messages import (
-    DecodePlan,
-    DecodeRow,
-    Plan,
-    PrefillChunk,
-    PrefillPlan,
-    StepResult,
-    TokenIds,
-)
-from actors.plans import chunk_spans, find_first_rank, owned_spans
-from actors.prefix_tree import common_prefix
+from actors.messages import DecodeRow, FinishReason, Plan, PrefillChunk, StepResult, TokenIds
+from actors.plans import chunk_spans, owned_spans
+from actors.running import Entry, Running
 from models.cost import SequenceShape
-from models.errors import PromptError
+
+LONE_STEPS = 4  # a step that nobody waits for may take so many times the target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the scheduler keeps to; see `configs.Config` for each."""
+
+    decode_block_tokens: int
+    burst_steps: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queued_requests: int
+    long_prefill_token_threshold: int = 0  # 0: none
+    step_target_s: float = float("inf")
+    decode_rides: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A plan, the answers that it is for in the plan's order, and what was expected of it."""
+    """A plan, the answers that it is for in the order of its parts, and what is expected of it."""
 
     plan: Plan
     generations: tuple[Generation, ...]
@@ -37,56 +52,29 @@ class Step:
     cached_tokens: int
     algorithm: str
     predicted_s: float | None
-    choice: Choice | None = None  # of a prefill
-
-
-@dataclass
-class _Running:
-    generation: Generation
-    home: int | None
-    sampling_rank: int
-    computed: int = 0  # tokens whose KV the ranks hold
-    owner: int = 0  # of the decode block under way
-    decoded: int = 0
+    choice: Choice | None = None  # of chunks
 
 
 class Scheduler:
     """Waiting and running answers of one cluster. Not thread-safe."""
 
-    def __init__(
-        self,
-        cache: DeviceCache,
-        chooser: Chooser,
-        *,
-        decode_block_tokens: int,
-        burst_steps: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-    ) -> None:
-        """Take the pages' bookkeeping and the choice of algorithms.
-
-        Args:
-            cache: Of the ranks' pages, all free.
-            chooser: Says how a prefill goes around.
-            decode_block_tokens: So many decoded tokens in a row stay on one rank.
-            burst_steps: Decode steps of one plan.
-            max_num_seqs: Answers that run at once.
-            max_num_batched_tokens: New tokens of one prefill step, unless one prompt has more.
-        """
+    def __init__(self, cache: DeviceCache, chooser: Chooser, limits: Limits) -> None:
+        """Take the pages' bookkeeping, all free, and the choice of algorithms."""
         self.cache = cache
+        self.limits = limits
         self._chooser = chooser
-        self._decode_block_tokens = decode_block_tokens
-        self._burst_steps = burst_steps
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._waiting: deque[Generation] = deque()
-        self._running: dict[int, _Running] = {}
+        self._admission = Admission(cache, chooser, limits.decode_block_tokens)
+        self._waiting: list[Entry] = []  # in order
+        self._running: dict[int, Running] = {}  # by sequence, in order of begin
         self._ended: tuple[int, ...] = ()
-        self._steps = 0
+        self._arrivals = itertools.count()
+        self._later_ids = itertools.count(-1, -1)  # of preempted answers that come back
+        self.num_steps = 0
+        self.num_preemptions = 0
 
     @property
     def num_waiting(self) -> int:
-        """Answers that have not begun."""
+        """Answers that wait, for the first time or again."""
         return len(self._waiting)
 
     @property
@@ -94,262 +82,296 @@ class Scheduler:
         """Answers that have begun and not ended."""
         return len(self._running)
 
-    @property
-    def num_steps(self) -> int:
-        """Steps so far."""
-        return self._steps
-
     def add(self, generation: Generation) -> None:
-        """Take an answer to make, behind those that wait.
+        """Take an answer to make, behind those of its priority that wait.
 
         Raises:
             PromptError: It would not fit even if nothing else were there.
+            QueueFull: Too many wait already.
         """
-        nothing_cached = (0,) * self.cache.num_ranks
-        rows = max(self._final_rows(generation, nothing_cached, None))
-        if rows > self.cache.rows_per_rank:
-            raise PromptError(
-                f"the prompt and its answer of up to {generation.tokens_to_come} tokens need"
-                f" {rows} rows of KV on a rank, but its pages hold {self.cache.rows_per_rank}:"
-                " shorten them, or give ranks more memory (kv_cache_memory_bytes)"
+        if len(self._waiting) >= self.limits.max_queued_requests:
+            raise QueueFull(
+                f"{len(self._waiting)} answers wait already, as many as may: try again later, or"
+                " raise scheduler.max_queued_requests"
             )
-        self._waiting.append(generation)
+        self._admission.check(generation)
+        insort(self._waiting, Entry(generation.priority, next(self._arrivals), generation))
+
+    def cancel(self, generation: Generation, reason: FinishReason = "abort") -> bool:
+        """End an answer with what it has; return False where it has ended already.
+
+        What the ranks hold of it stays for others to share, as of every answer.
+        """
+        if generation.finish_reason is not None:
+            return False
+        generation.end(reason)
+        self._waiting = [entry for entry in self._waiting if entry.generation is not generation]
+        for running in list(self._running.values()):
+            if running.generation is generation:
+                self._stop(running)
+        return True
+
+    def progress(self, generation: Generation) -> tuple[int, int]:
+        """Return the tokens of an answer's prompt that are computed, or shared, and all of them."""
+        total = len(generation.prompt)
+        for running in self._running.values():
+            if running.generation is generation:
+                return min(total, running.computed), total
+        return (total if generation.token_ids else 0), total
 
     def next_step(self) -> Step | None:
         """Return what all ranks do next, or None where nothing is left to do."""
-        step = self._prefill() or self._decode()
-        self._steps += step is not None
+        self._admit()
+        runs = sorted(self._running.values(), key=lambda running: running.entry)
+        prefilling = [running for running in runs if running.remaining]
+        decoding = [running for running in runs if not running.remaining]
+        step = None
+        if prefilling and (self.limits.decode_rides or not decoding or self.num_steps % 2 == 0):
+            step = self._mixed_step(prefilling, decoding if self.limits.decode_rides else [])
+        if step is None and decoding:
+            step = self._burst(decoding)
+        if step is None and self._waiting:
+            # Whoever ran was preempted to the last: now there is room.
+            return self.next_step()
+        self.num_steps += step is not None
         return step
 
     def advance(self, step: Step, results: Sequence[StepResult]) -> list[Generation]:
         """Take what the ranks made of a step; return the answers that it completed."""
-        plan = step.plan
-        parts: Sequence[PrefillChunk | DecodeRow] = (
-            plan.chunks if isinstance(plan, PrefillPlan) else plan.rows
-        )
-        if step.choice is not None:
+        if step.choice is not None and not step.plan.rows:
             self._chooser.observe(step.choice, max(result.wall_s for result in results))
         done = []
-        for index, (part, generation) in enumerate(zip(parts, step.generations, strict=True)):
+        for index, part in enumerate(step.plan.parts):
+            running = self._running.get(part.sequence_id)
+            if running is None:
+                continue  # cancelled meanwhile
+            generation = running.generation
             token_ids = results[part.sampling_rank].sequences[index].token_ids
-            running = self._running[part.sequence_id]
             if isinstance(part, PrefillChunk):
                 running.computed += len(part.token_ids)
-                self.cache.accept(part.sequence_id, generation.context()[: running.computed])
+                running.sampling_rank = part.sampling_rank
+                self.cache.accept(running.sequence_id, running.context[: running.computed])
             else:
                 running.computed += len(token_ids)
             generation.advance(token_ids)
             if generation.finish_reason is not None:
-                self._finish(running)
+                self._stop(running)
                 done.append(generation)
         return done
 
-    def _finish(self, running: _Running) -> None:
-        sequence_id = running.generation.sequence_id
+    def _stop(self, running: Running) -> None:
+        """Let an answer run no more; what was accepted of it is kept for others."""
         # What was computed behind a stop is not part of the answer.
-        self.cache.accept(sequence_id, running.generation.context()[: running.computed])
-        self.cache.finish(sequence_id)
-        del self._running[sequence_id]
-        self._ended += (sequence_id,)
+        self.cache.accept(running.sequence_id, running.generation.context()[: running.computed])
+        self.cache.finish(running.sequence_id)
+        del self._running[running.sequence_id]
+        self._ended += (running.sequence_id,)
 
-    def _prefill(self) -> Step | None:
-        """Begin what waits, in order, as far as it fits."""
-        begun: list[_Running] = []
+    def _admit(self) -> None:
+        """Let those that wait begin, in order, as far as their prompts fit."""
+        passed: list[Entry] = []
+        while self._waiting and len(self._running) < self.limits.max_num_seqs:
+            entry = self._waiting[0]
+            context = entry.generation.context()
+            match = self._admission.match(entry, context)
+            waits = self._admission.waits_to_share(entry, context, match, self._running.values())
+            if not waits:
+                place = self._admission.place(entry, context, match, self._running.values())
+                if place is None:
+                    break
+                self._begin(entry, context, place)
+            self._waiting.pop(0)
+            if waits:
+                passed.append(entry)
+        for entry in passed:
+            insort(self._waiting, entry)
+
+    def _begin(self, entry: Entry, context: TokenIds, place: Place) -> None:
+        generation = entry.generation
+        sequence_id = next(self._later_ids) if entry.has_begun else generation.sequence_id
+        self.cache.begin(sequence_id, generation.cache_salt, place.match, place.final_rows)
+        if not entry.has_begun:
+            generation.num_cached_tokens = place.match.tokens
+        entry.has_begun = True
+        self._running[sequence_id] = Running(
+            entry, sequence_id, context, place.home, place.match.tokens
+        )
+
+    def _mixed_step(self, prefilling: list[Running], decoding: list[Running]) -> Step | None:
+        """Return a step of chunks, with one decode step of each answer beside them."""
+        rows, riders = self._decode_rows(decoding, 1)
+        prefilling = [running for running in prefilling if running.sequence_id in self._running]
         chunks: list[PrefillChunk] = []
-        passed: list[Generation] = []
-        new_tokens = 0
-        while self._waiting and len(self._running) < self._max_num_seqs:
-            generation = self._waiting[0]
-            match = self._match(generation)
-            tokens = len(generation.prompt) - match.tokens
-            if chunks and new_tokens + tokens > self._max_num_batched_tokens:
-                break
-            if _shares_more(generation, match, begun):
-                # It waits for the step that computes what it can share.
-                passed.append(self._waiting.popleft())
-                continue
-            placed = self._place(generation, match)
-            if placed is None:
-                break
-            self._waiting.popleft()
-            new_tokens += tokens
-            begun.append(placed[0])
-            chunks.append(placed[1])
-        self._waiting.extendleft(reversed(passed))
+        begun: list[Running] = []
+        for running, count in zip(prefilling, self._chunk_sizes(prefilling, riders), strict=True):
+            if count and running.sequence_id in self._running:
+                chunk = running.chunk(count, self.cache.rows(running.sequence_id, running.computed))
+                if self._grow(running, chunk_spans(chunk), [*riders, *begun]):
+                    chunks.append(chunk)
+                    begun.append(running)
         if not chunks:
-            return None
-        return self._prefill_step(begun, chunks)
+            # The rows are grown: they must be computed.
+            return self._step((), (), rows, riders) if rows else None
+        return self._step(chunks, begun, rows, riders)
 
-    def _prefill_step(self, begun: list[_Running], chunks: list[PrefillChunk]) -> Step:
-        choice = self._chooser.prefill([_shape(chunk) for chunk in chunks])
+    def _chunk_sizes(self, prefilling: list[Running], riders: list[Running]) -> list[int]:
+        """Return how many tokens of each prompt fit a step of the target's length."""
+        limits = self.limits
+        room = max(1, limits.max_num_batched_tokens - len(riders))
+        riding_s = self._chooser.riding(self._rows_of(riders))
+
+        def price(counts: Sequence[int]) -> float:
+            shapes = [
+                self._shape(running, count)
+                for running, count in zip(prefilling, counts, strict=True)
+                if count
+            ]
+            if riding_s is None:
+                return float(sum(counts))
+            return riding_s + (self._chooser.prefill(shapes).predicted_s or 0.0 if shapes else 0.0)
+
+        nobody_waits = not riders and not self._waiting and len(prefilling) == 1
+        target_s = limits.step_target_s * (LONE_STEPS if nobody_waits else 1)
+        return size_chunks(
+            [running.remaining for running in prefilling],
+            price,
+            limit=float(room) if riding_s is None else target_s,
+            max_tokens=room,
+            longest=limits.long_prefill_token_threshold or room,
+        )
+
+    def _shape(self, running: Running, count: int) -> SequenceShape:
+        rows = self.cache.rows(running.sequence_id, running.computed)
+        return SequenceShape(new_tokens=count, cached_rows=rows, whole_rank=running.home)
+
+    def _burst(self, decoding: list[Running]) -> Step | None:
+        """Return a burst of decode steps of all answers, near the target in length."""
+        step_s = self._chooser.decode(self._rows_of(decoding))
+        steps = self.limits.burst_steps
+        if step_s:
+            steps = max(1, min(steps, int(min(self.limits.step_target_s / step_s, steps))))
+        rows, riders = self._decode_rows(decoding, steps)
+        return self._step((), (), rows, riders) if rows else None
+
+    def _decode_rows(
+        self, decoding: list[Running], most_steps: int
+    ) -> tuple[list[DecodeRow], list[Running]]:
+        """Return a row of each answer that finds room, and these answers."""
+        rows: list[DecodeRow] = []
+        riders: list[Running] = []
+        for running in decoding:
+            # Fewer steps are better than a preemption.
+            for steps in sorted({min(most_steps, running.generation.tokens_to_come), 1})[::-1]:
+                if running.sequence_id not in self._running:
+                    break  # preempted by an older one
+                owners, state = running.owners(
+                    steps,
+                    self.cache.rows(running.sequence_id, running.computed),
+                    self.limits.decode_block_tokens,
+                )
+                spans = owned_spans(running.computed, owners, self.cache.num_ranks)
+                if self._grow(running, spans, riders if steps == 1 else None):
+                    running.owner, running.decoded = state
+                    rows.append(running.row(owners))
+                    riders.append(running)
+                    break
+        return rows, riders
+
+    def _grow(
+        self,
+        running: Running,
+        spans: Sequence[Sequence[tuple[int, int]]],
+        placed: list[Running] | None,
+    ) -> bool:
+        """Make room for new rows; the newest answers make way that are not ``placed`` yet.
+
+        With ``placed`` None nobody makes way. Returns False where there is no room, or
+        where the answer itself had to make way.
+        """
+        while True:
+            try:
+                self.cache.grow(running.sequence_id, spans)
+            except MemoryError:
+                if placed is None:
+                    return False
+                kept = {id(each) for each in placed}
+                newest = max(
+                    (each for each in self._running.values() if id(each) not in kept),
+                    key=lambda each: each.entry,
+                )
+                self._preempt(newest)
+                if newest is running:
+                    return False
+            else:
+                return True
+
+    def _preempt(self, running: Running) -> None:
+        """Let an answer wait again; it goes on from its tokens, and from what is left of its KV."""
+        # Alone and without room: its rows lie badly on the ranks, so they are computed anew.
+        running.entry.shares = len(self._running) > 1
+        self._stop(running)
+        insort(self._waiting, running.entry)
+        self.num_preemptions += 1
+
+    def _rows_of(self, runs: Sequence[Running]) -> list[tuple[int, ...]]:
+        """Return the rows of each answer on each rank, ``(rows,)`` where it is whole."""
+        return [
+            self.cache.rows(run.sequence_id, run.computed) if run.home is None else (run.computed,)
+            for run in runs
+        ]
+
+    def _step(
+        self,
+        chunks: Sequence[PrefillChunk],
+        begun: Sequence[Running],
+        rows: Sequence[DecodeRow],
+        riders: Sequence[Running],
+    ) -> Step:
+        runs = [*begun, *riders]
+        choice = None
+        if chunks:
+            choice = self._chooser.prefill(
+                [
+                    self._shape(run, len(chunk.token_ids))
+                    for run, chunk in zip(begun, chunks, strict=True)
+                ]
+            )
+        plan = Plan(
+            number=self.num_steps,
+            cache_ops=self.cache.take_ops(),
+            ended=self._take_ended(),
+            chunks=tuple(chunks),
+            rows=tuple(rows),
+            algorithm="pass_kv" if choice is None else choice.algorithm,
+        )
         return Step(
-            plan=PrefillPlan(
-                number=self._steps,
-                cache_ops=self.cache.take_ops(),
-                ended=self._take_ended(),
-                chunks=tuple(chunks),
-                algorithm=choice.algorithm,
-            ),
-            generations=tuple(running.generation for running in begun),
-            new_tokens=sum(len(chunk.token_ids) for chunk in chunks),
-            cached_tokens=sum(chunk.start for chunk in chunks),
-            algorithm="whole" if choice.whole else choice.algorithm,
-            predicted_s=choice.predicted_s,
+            plan=plan,
+            generations=tuple(run.generation for run in runs),
+            new_tokens=sum(len(chunk.token_ids) for chunk in chunks)
+            + sum(len(row.owners) for row in rows),
+            cached_tokens=sum(run.computed for run in runs),
+            algorithm=_algorithm(plan, choice),
+            predicted_s=self._predicted_s(choice, rows, riders),
             choice=choice,
         )
 
-    def _match(self, generation: Generation) -> Match:
-        if generation.prompt_logprobs is not None:
-            return Match()  # these are of every token of the prompt, so every token is computed
-        return self.cache.match(generation.cache_salt, generation.prompt)
-
-    def _place(self, generation: Generation, match: Match) -> tuple[_Running, PrefillChunk] | None:
-        """Let an answer begin where there is room for all it may become; None: not now."""
-        for attempt in (match, Match()):
-            cached_rows = self.cache.rows(attempt.source_id, attempt.tokens)
-            new_ids = generation.prompt[attempt.tokens :]
-            home = self._find_home(generation, new_ids, cached_rows)
-            final_rows = self._final_rows(generation, cached_rows, home)
-            if home is not None and not self.cache.fits(final_rows, attempt):
-                home = None
-                final_rows = self._final_rows(generation, cached_rows, home)
-            if self.cache.fits(final_rows, attempt):
-                break
-            # A prefix that lies on few ranks may leave no room on them for the rest.
-            if self._running or attempt.source_id is None:
-                return None
-        self.cache.begin(generation.sequence_id, generation.cache_salt, attempt, final_rows)
-        generation.num_cached_tokens = attempt.tokens
-        has_rules = generation.draw.rules is not None
-        chunk = PrefillChunk(
-            sequence_id=generation.sequence_id,
-            token_ids=new_ids,
-            cached_rows=cached_rows,
-            home=home,
-            first_rank=find_first_rank(len(new_ids), cached_rows),
-            draw=generation.draw,
-            context_ids=generation.prompt if has_rules else None,
-            prompt_logprobs=generation.prompt_logprobs,
-        )
-        self.cache.grow(generation.sequence_id, chunk_spans(chunk))
-        running = _Running(generation, home, chunk.sampling_rank, attempt.tokens)
-        self._running[generation.sequence_id] = running
-        return running, chunk
-
-    def _find_home(
-        self, generation: Generation, new_ids: TokenIds, cached_rows: tuple[int, ...]
-    ) -> int | None:
-        """Return the rank that is to compute a sequence whole, or None."""
-        return self._chooser.home(
-            SequenceShape(new_tokens=len(new_ids), cached_rows=cached_rows),
-            free_rank=self._idle_rank(),
-            answer_tokens=generation.tokens_to_come,
-        )
-
-    def _idle_rank(self) -> int:
-        """The rank with the least to do for sequences that are its own."""
-        homes = [running.home for running in self._running.values()]
-        loads = [(homes.count(rank), -free) for rank, free in enumerate(self.cache.free_pages())]
-        return loads.index(min(loads))
-
-    def _final_rows(
-        self, generation: Generation, cached_rows: tuple[int, ...], home: int | None
-    ) -> tuple[int, ...]:
-        """Return how many rows each rank comes to hold at most."""
-        num_ranks = self.cache.num_ranks
-        total = len(generation.prompt) + generation.tokens_to_come
-        if home is not None:
-            return tuple(total if rank == home else 0 for rank in range(num_ranks))
-        # Decode blocks go to the rank with the fewest rows; a zigzag is two tokens over even.
-        even = -(-total // num_ranks) + self._decode_block_tokens + 2
-        new_share = -(-(len(generation.prompt) - sum(cached_rows)) // num_ranks) + 2
-        return tuple(min(total, max(even, rows + new_share)) for rows in cached_rows)
-
-    def _decode(self) -> Step | None:
-        """Return a burst of all that run."""
-        if not self._running:
-            return None
-        cached_tokens = sum(running.computed for running in self._running.values())
-        runs = list(self._running.values())
-        predicted_s = self._chooser.decode(
-            [
-                self.cache.rows(run.generation.sequence_id, run.computed)
-                if run.home is None
-                else (run.computed,)
-                for run in runs
-            ]
-        )
-        rows = tuple(self._decode_row(running) for running in runs)
-        steps = max(len(row.owners) for row in rows)
-        return Step(
-            plan=DecodePlan(
-                number=self._steps,
-                cache_ops=self.cache.take_ops(),
-                ended=self._take_ended(),
-                rows=rows,
-            ),
-            generations=tuple(running.generation for running in runs),
-            new_tokens=sum(len(row.owners) for row in rows),
-            cached_tokens=cached_tokens,
-            algorithm="all_gather" if any(row.home is None for row in rows) else "whole",
-            predicted_s=None if predicted_s is None else predicted_s * steps,
-        )
+    def _predicted_s(
+        self, choice: Choice | None, rows: Sequence[DecodeRow], riders: Sequence[Running]
+    ) -> float | None:
+        rows_of = self._rows_of(riders)
+        if choice is None:
+            step_s = self._chooser.decode(rows_of)
+            return step_s and step_s * max(len(row.owners) for row in rows)
+        riding_s = self._chooser.riding(rows_of)
+        return choice.predicted_s and choice.predicted_s + (riding_s or 0.0)
 
     def _take_ended(self) -> tuple[int, ...]:
         ended, self._ended = self._ended, ()
         return ended
 
-    def _decode_row(self, running: _Running) -> DecodeRow:
-        generation = running.generation
-        steps = min(self._burst_steps, generation.tokens_to_come)
-        owners = self._take_owners(running, steps)
-        self.cache.grow(
-            generation.sequence_id, owned_spans(running.computed, owners, self.cache.num_ranks)
-        )
-        return DecodeRow(
-            sequence_id=generation.sequence_id,
-            token_id=generation.token_ids[-1],
-            position=running.computed,
-            index=len(generation.token_ids),
-            owners=owners,
-            home=running.home,
-            sampling_rank=running.sampling_rank,
-            draw=generation.draw,
-        )
 
-    def _take_owners(self, running: _Running, steps: int) -> tuple[int, ...]:
-        """The ranks that keep the KV of a burst's steps.
-
-        Decode blocks go round the ranks, each to the one with the fewest rows, so
-        that the shares stay even over any number of turns.
-        """
-        if running.home is not None:
-            return (running.home,) * steps
-        rows = list(self.cache.rows(running.generation.sequence_id, running.computed))
-        owners = []
-        for _ in range(steps):
-            if running.decoded % self._decode_block_tokens == 0:
-                running.owner = rows.index(min(rows))
-            running.decoded += 1
-            rows[running.owner] += 1
-            owners.append(running.owner)
-        return tuple(owners)
-
-
-def _shape(chunk: PrefillChunk) -> SequenceShape:
-    return SequenceShape(
-        new_tokens=len(chunk.token_ids), cached_rows=chunk.cached_rows, whole_rank=chunk.home
-    )
-
-
-def _shares_more(generation: Generation, match: Match, begun: Sequence[_Running]) -> bool:
-    """Return whether a prompt begins like one of this step, for longer than what it shares now."""
-    if generation.prompt_logprobs is not None:
-        return False
-    shareable = generation.prompt[:-1]
-    least = max(match.tokens + 1, min(MIN_SHARED_TOKENS, len(shareable)))
-    return any(
-        other.generation.cache_salt == generation.cache_salt
-        and common_prefix(other.generation.prompt, shareable) >= least
-        for other in begun
-    )
+def _algorithm(plan: Plan, choice: Choice | None) -> str:
+    """Say how a step goes round."""
+    if choice is not None:
+        return "whole" if choice.whole else choice.algorithm
+    return "all_gather" if any(row.home is None for row in plan.rows) else "whole"

@@ -21,6 +21,7 @@ model and no configuration.
 from attention.kernel import attend
 from attention.merge import merge_into, merge_stacked
 from attention.paged import PagedRows, copy_page
+from attention.paged_batch import PagedBatch
 from attention.pass_kv import PassKVAttention
 from attention.pass_q import PassQAttention
 from attention.ring import ProcessGroupRing, Ring
@@ -30,6 +31,7 @@ from attention.thread_ring import ThreadRanks
 from attention.zigzag import Sight, Zigzag
 
 __all__ = [
+    "PagedBatch",
     "PagedRows",
     "PassKVAttention",
     "PassQAttention",

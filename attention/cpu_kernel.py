@@ -43,7 +43,10 @@ def unpack_groups(out_KRD: Tensor, lse_KR: Tensor, num_queries: int) -> tuple[Te
 def attend_packed(
     q_KRD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(out_BKRD, lse_BKR)`` in float32 of the same queries over each of B sets of keys."""
+    """Return ``(out_BKRD, lse_BKR)`` in float32 over each of B sets of keys.
+
+    The queries are the same for all sets, or those of each, ``q_BKRD``.
+    """
     out_BKRD, lse_BKR = _flash(
         q_KRD.expand(k_BKSD.shape[0], -1, -1, -1), k_BKSD, v_BKSD, scale=scale
     )

@@ -15,6 +15,10 @@ beyond that is met here:
 in `attention`, and G = query heads of one KV head.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -110,33 +114,59 @@ def flash_reads_pages(pages: Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class PageIndex:
+    """Where the rows of B sequences lie in pages, as the paged flash kernel is told; int32."""
+
+    pages_BP: Tensor  # 0 behind a sequence's last page
+    num_rows_B: Tensor
+    row_ends_B1: Tensor  # 0, then the sum of rows up to each sequence
+    max_rows: int
+
+    @classmethod
+    def of(
+        cls, runs: Sequence[tuple[Sequence[int], int]], page_tokens: int, device: torch.device
+    ) -> "PageIndex":
+        """Return the index of runs of ``(pages, rows)``; every one has rows."""
+        counts = [num_rows for _, num_rows in runs]
+        max_pages = -(-max(counts, default=0) // page_tokens)
+        pages_BP = torch.zeros(len(runs), max_pages, dtype=torch.int32)
+        for row_P, (page_ids, num_rows) in zip(pages_BP, runs, strict=True):
+            used = page_ids[: -(-num_rows // page_tokens)]
+            row_P[: len(used)] = torch.tensor(used, dtype=torch.int32)
+        ends = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+        return cls(
+            pages_BP.to(device), ends.diff().to(device), ends.to(device), max(counts, default=0)
+        )
+
+
 def attend_flash_pages(
-    q_THD: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_ids: Tensor,
-    num_rows: int,
-    scale: float | None,
+    q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, index: PageIndex, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Flash attention of queries that all see ``num_rows`` rows in pages; ``page_ids`` is int32."""
-    T, device = q_THD.shape[0], q_THD.device
+    """Flash attention of queries that all see their sequence's rows in pages.
+
+    Each sequence has as many queries, one after the other; several sequences one each.
+    """
+    T, H, _ = q_THD.shape
+    per_sequence = T // len(index.num_rows_B)
+    assert per_sequence == T or per_sequence == 1
     out_THD, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
         q_THD,
         k_pages,
         v_pages,
-        torch.tensor([0, T], dtype=torch.int32, device=device),
-        torch.tensor([0, num_rows], dtype=torch.int32, device=device),
-        T,
-        num_rows,
+        torch.arange(0, T + 1, per_sequence, dtype=torch.int32, device=q_THD.device),
+        index.row_ends_B1,
+        per_sequence,
+        index.max_rows,
         0.0,
         False,
         False,
         scale=scale,
-        seqused_k=torch.tensor([num_rows], dtype=torch.int32, device=device),
-        block_table=page_ids[None],
+        seqused_k=index.num_rows_B,
+        block_table=index.pages_BP,
     )
     # A single query comes back with a batch dimension, its LSE with one at the end.
-    return out_THD.reshape(q_THD.shape).float(), lse_HT.reshape(q_THD.shape[1], T).transpose(0, 1)
+    return out_THD.reshape(q_THD.shape).float(), lse_HT.reshape(H, T).transpose(0, 1)
 
 
 def _head_major_if_far(x_SKD: Tensor) -> Tensor:

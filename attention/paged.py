@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attention.cpu_kernel import attend_packed, pack_groups, unpack_groups
-from attention.cuda_kernels import attend_flash_pages, flash_reads_pages
+from attention.cuda_kernels import PageIndex, attend_flash_pages, flash_reads_pages
 from attention.kernel import attend, empty_partial
 from attention.merge import merge_into, merge_stacked
 
@@ -47,13 +47,27 @@ def store_rows(pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD:
         done += count
 
 
+def store_each(kv_pages: Tensor, slots_T: Tensor, rows_TJD: Tensor) -> None:
+    """Write rows each to its own place: row r of page p lies at ``p * capacity + r``.
+
+    ``kv_pages`` are a layer's pages of keys and of values; a row holds keys' heads, then values'.
+    """
+    rows_T2KD = rows_TJD.unflatten(1, (2, -1))
+    if is_head_major(kv_pages):
+        K, D = kv_pages.shape[1], kv_pages.shape[-1]
+        kv_pages.view(2, K, -1, D)[:, :, slots_T] = rows_T2KD.permute(1, 2, 0, 3)
+    else:
+        K, D = kv_pages.shape[-2:]
+        kv_pages.view(2, -1, K, D)[:, slots_T] = rows_T2KD.transpose(0, 1)
+
+
 def copy_page(pages: Tensor, source: int, target: int, num_rows: int) -> None:
     """Copy the first rows of one page to another.
 
     ``pages`` has a layer's shape, after any number of leading dimensions: all
     layers' keys and values are copied at once.
     """
-    page_dim, row_dim = (-3, -2) if _is_head_major(pages) else (-4, -3)
+    page_dim, row_dim = (-3, -2) if is_head_major(pages) else (-4, -3)
     rows = pages.narrow(row_dim, 0, num_rows)
     rows.select(page_dim, target).copy_(rows.select(page_dim, source))
 
@@ -77,7 +91,7 @@ class PagedRows:
         first_row, end_row = rows or (0, self.num_rows)
         if first_row >= end_row or q_THD.shape[0] == 0:
             return empty_partial(q_THD)
-        if not _is_head_major(self.k_pages):
+        if not is_head_major(self.k_pages):
             return self._attend_cuda(q_THD, first_row, end_row, scale)
         q_KRD = pack_groups(q_THD, self.k_pages.shape[0])
         few = q_KRD.shape[1] < _MANY_QUERY_ROWS
@@ -170,10 +184,11 @@ class PagedRows:
             return attend(q_THD, k_SKD, v_SKD, scale=scale)
         capacity = _capacity(self.k_pages)
         used = self.page_ids[first_row // capacity : -(-end_row // capacity)]
-        index = torch.tensor(used, dtype=torch.int32, device=q_THD.device)
         skipped, num_rows = first_row % capacity, end_row - first_row
         if skipped == 0 and flash_reads_pages(self.k_pages):
-            return attend_flash_pages(q_THD, self.k_pages, self.v_pages, index, num_rows, scale)
+            where = PageIndex.of([(used, num_rows)], capacity, q_THD.device)
+            return attend_flash_pages(q_THD, self.k_pages, self.v_pages, where, scale)
+        index = torch.tensor(used, dtype=torch.int32, device=q_THD.device)
         k_SKD, v_SKD = (
             pages[index].flatten(0, 1)[skipped : skipped + num_rows]
             for pages in (self.k_pages, self.v_pages)
@@ -184,20 +199,21 @@ class PagedRows:
         return _spans(self.page_ids, first_row, end_row, _capacity(self.k_pages))
 
 
-def _is_head_major(pages: Tensor) -> bool:
+def is_head_major(pages: Tensor) -> bool:
+    """Return whether these pages have the layout of CPU."""
     return pages.device.type == "cpu"
 
 
 def _capacity(pages: Tensor) -> int:
     """Return how many rows a page holds."""
-    return pages.shape[2] if _is_head_major(pages) else pages.shape[1]
+    return pages.shape[2] if is_head_major(pages) else pages.shape[1]
 
 
 def _rows_of(pages: Tensor) -> Tensor:
     """Return a view of all rows of a layer's pages, ``[S, K, D]``."""
-    K, D = pages.shape[0 if _is_head_major(pages) else 2], pages.shape[-1]
+    K, D = pages.shape[0 if is_head_major(pages) else 2], pages.shape[-1]
     # Never `flatten`, which copies where it cannot view: what is stored would be lost.
-    if _is_head_major(pages):
+    if is_head_major(pages):
         return pages.view(K, -1, D).transpose(0, 1)
     return pages.view(-1, K, D)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from actors.choice import Chooser
 from actors.device_cache import DeviceCache
-from actors.scheduler import Scheduler
+from actors.scheduler import Limits, Scheduler
 from actors.worker import GPUWorker
 from attention.ring import PendingExchange
 from attention.timing import PartTimer
@@ -120,8 +120,11 @@ def lone_scheduler(worker: GPUWorker) -> Scheduler:
     return Scheduler(
         cache,
         Chooser("pass_kv", shape, None, 1),
-        decode_block_tokens=BURST_STEPS,
-        burst_steps=BURST_STEPS,
-        max_num_seqs=1,
-        max_num_batched_tokens=1,
+        Limits(
+            decode_block_tokens=BURST_STEPS,
+            burst_steps=BURST_STEPS,
+            max_num_seqs=1,
+            max_num_batched_tokens=cache.rows_per_rank,
+            max_queued_requests=1,
+        ),
     )

@@ -3,12 +3,21 @@
 from actors.errors import (
     ClusterError,
     PlacementError,
+    QueueFull,
     RankLost,
     RayUnreachable,
     StepFailed,
     TraceError,
+    UnknownRequest,
 )
-from actors.messages import CompletionOutput, Logprob, RequestOutput, StepRecord
+from actors.messages import (
+    CompletionOutput,
+    Logprob,
+    Progress,
+    RequestDelta,
+    RequestOutput,
+    StepRecord,
+)
 from actors.trace import Trace
 from cluster.llm import LLM
 from configs import ConfigError
@@ -23,9 +32,12 @@ __all__ = [
     "ConfigError",
     "Logprob",
     "PlacementError",
+    "Progress",
     "PromptError",
+    "QueueFull",
     "RankLost",
     "RayUnreachable",
+    "RequestDelta",
     "RequestOutput",
     "RingspanError",
     "SamplingError",
@@ -34,4 +46,5 @@ __all__ = [
     "StepRecord",
     "Trace",
     "TraceError",
+    "UnknownRequest",
 ]

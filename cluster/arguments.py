@@ -19,7 +19,7 @@ CLUSTER_FLAGS: dict[tuple[str, ...], dict[str, Any]] = {
     ("--max-num-seqs",): {"type": int, "help": "answers that run at once (256)"},
     ("--max-num-batched-tokens",): {
         "type": int,
-        "help": "new tokens of one prefill step (8192); one prompt may have more",
+        "help": "computed in one step, over all prompts and answers (8192)",
     },
     ("--gpu-memory-utilization",): {"type": float, "help": "share of each GPU to use (0.9)"},
     ("--kv-cache-memory-bytes",): {"type": int, "help": "for KV pages, on each rank"},

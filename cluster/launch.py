@@ -60,18 +60,18 @@ class RunningCluster:
             RingspanError: What the call raised.
             ClusterError: The coordinator died, or did not answer within ``timeout_s``.
         """
-        try:
-            return ray.get(reference, timeout=timeout_s)
-        except RayTaskError as error:
-            if isinstance(error.cause, RingspanError):
-                raise error.cause from None
-            raise ClusterError(
-                f"the coordinator failed with {type(error.cause).__name__}: {error.cause}"
-            ) from error
-        except RayActorError:
-            raise ClusterError("the coordinator died: start the cluster again") from None
-        except GetTimeoutError:
-            raise ClusterError(f"the coordinator gave no answer within {timeout_s:g} s") from None
+        with _own_errors():
+            try:
+                return ray.get(reference, timeout=timeout_s)
+            except GetTimeoutError:
+                raise ClusterError(
+                    f"the coordinator gave no answer within {timeout_s:g} s"
+                ) from None
+
+    async def result_async(self, reference: Any) -> Any:
+        """Wait for a result without blocking the event loop; see `result`."""
+        with _own_errors():
+            return await reference
 
     def ask(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         """Call a method of the coordinator and wait for its result; see `result`."""
@@ -99,6 +99,21 @@ class RunningCluster:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Let errors of ours through as themselves, and name what else can go wrong in a call."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, RingspanError):
+            raise error.cause from None
+        raise ClusterError(
+            f"the coordinator failed with {type(error.cause).__name__}: {error.cause}"
+        ) from error
+    except RayActorError:
+        raise ClusterError("the coordinator died: start the cluster again") from None
 
 
 def connect_ray(address: str | None) -> bool:

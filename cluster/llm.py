@@ -1,8 +1,10 @@
 """`LLM`: a model on a ring of ranks, as a Python object."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.messages import Request, RequestOutput
+from actors.errors import ClusterError
+from actors.messages import Progress, Request, RequestDelta, RequestOutput
 from actors.trace import Trace
 from cluster.launch import RunningCluster
 from cluster.progress import PrefillBar
@@ -21,6 +24,22 @@ from models.sampling import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 POLL_S = 0.2  # how often a progress bar moves
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+# What a prompt mapping may have beside the prompt: a check, and what is expected.
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "cache_salt": (_is_name, "a text of at least one character, the name of a tenant"),
+    "request_id": (_is_name, "a text of at least one character"),
+    "priority": (lambda value: type(value) is int, "an integer, lower ones go first"),
+    "deadline_s": (
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        "a number of seconds greater than 0",
+    ),
+}
 
 
 class LLM:
@@ -73,15 +92,18 @@ class LLM:
 
         Args:
             prompts: A text, ``{"prompt_token_ids": [...]}``, ``{"prompt": text}``,
-                ``{"messages": [...]}``, or a list of these. A mapping may have a
-                ``cache_salt``, the name of a tenant: KV of a prefix is shared among
-                prompts of one tenant only.
+                ``{"messages": [...]}``, or a list of these. A mapping may also have a
+                ``cache_salt`` (the name of a tenant: KV of a prefix is shared among
+                prompts of one tenant only), a ``priority`` (lower ones go first, 0), a
+                ``deadline_s`` (from now; then the answer ends with what it has) and a
+                ``request_id`` (for `cancel` and `progress`).
             sampling_params: What is asked of the answers; the defaults are vLLM's.
             use_tqdm: Show a bar with rate and time left while a prompt is prefilled.
 
         Raises:
             PromptError: A prompt is empty, too long or cannot be read.
             SamplingError: A sampling parameter is not for this model.
+            QueueFull: Too many requests wait.
             ClusterError: A rank was lost or a step failed.
         """
         single = isinstance(prompts, str | Mapping)
@@ -93,6 +115,53 @@ class LLM:
         if use_tqdm:
             self._show_progress(references)
         return [self._cluster.result(reference) for reference in references]
+
+    async def agenerate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """Answer one prompt without blocking the event loop; raises as `generate`."""
+        request = self._request(prompt, sampling_params or SamplingParams())
+        output: RequestOutput = await self._cluster.result_async(
+            self._cluster.submit("generate", request)
+        )
+        return output
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestDelta]:
+        """Answer one prompt piece by piece, as its tokens come; raises as `generate`.
+
+        Tokens of a burst of decode steps come together. Whoever stops to iterate
+        cancels the request.
+        """
+        request = self._request(prompt, sampling_params or SamplingParams())
+        references = self._cluster.submit("stream", request)
+        ended = False
+        try:
+            for reference in references:
+                yield self._cluster.result(reference)
+            ended = True
+        finally:
+            if not ended:
+                with contextlib.suppress(ClusterError):
+                    self.cancel(request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request within the step that it is in; its call returns what it has.
+
+        Raises:
+            UnknownRequest: It has ended, or never was.
+        """
+        self._cluster.ask("cancel", request_id, timeout_s=30.0)
+
+    def progress(self, request_id: str | None = None) -> list[Progress]:
+        """Return how far the prefill of a request has come, or of all that have no token yet.
+
+        Raises:
+            UnknownRequest: The request has ended, or never was.
+        """
+        told: list[Progress] = self._cluster.ask("progress", request_id, timeout_s=30.0)
+        return told
 
     def chat(
         self,
@@ -151,7 +220,7 @@ class LLM:
         """Show how prefills go on until all answers are there."""
         with PrefillBar() as bar:
             while len(ray.wait(references, num_returns=len(references), timeout=POLL_S)[1]):
-                bar.show(self._cluster.ask("progress", timeout_s=30.0))
+                bar.show(self.progress())
 
     def __enter__(self) -> "LLM":
         return self
@@ -169,19 +238,19 @@ def _request_from_mapping(
     request_id: str, prompt: Mapping[str, Any], params: SamplingParams
 ) -> Request:
     forms = {"prompt", "prompt_token_ids", "messages"}
-    salt = prompt.get("cache_salt", "")
-    if not isinstance(salt, str) or ("cache_salt" in prompt and not salt):
-        raise PromptError(
-            f"cache_salt must be a text of at least one character, got {salt!r}: give the name of"
-            " a tenant, or leave it out"
-        )
-    given = prompt.keys() - {"cache_salt"}
+    given = prompt.keys() - OPTIONS.keys()
     if len(given) != 1 or not given <= forms:
         raise PromptError(
             f"a prompt mapping needs exactly one of {', '.join(sorted(forms))}, got"
             f" {', '.join(map(str, prompt)) or 'none'}"
         )
-    ask = functools.partial(Request, request_id=request_id, params=params, cache_salt=salt)
+    options: dict[str, Any] = {"request_id": request_id}
+    for name in OPTIONS.keys() & prompt.keys():
+        is_right, expected = OPTIONS[name]
+        if not is_right(prompt[name]):
+            raise PromptError(f"{name} must be {expected}, got {prompt[name]!r}")
+        options[name] = prompt[name]
+    ask = functools.partial(Request, params=params, **options)
     if "prompt" in prompt:
         return ask(text=str(prompt["prompt"]))
     if "messages" in prompt:

@@ -1,5 +1,6 @@
 """A bar on the terminal while a long prompt is prefilled."""
 
+from collections.abc import Sequence
 from types import TracebackType
 
 from tqdm import tqdm
@@ -14,17 +15,25 @@ class PrefillBar:
         """Show nothing yet: a short prompt needs no bar."""
         self._bar: tqdm | None = None
 
-    def show(self, progress: Progress | None) -> None:
-        """Move the bar to where the prefill is; None means that none is under way."""
-        if progress is None:
+    def show(self, told: Sequence[Progress]) -> None:
+        """Move the bar to where the prefills are, all together."""
+        begun = [progress for progress in told if progress.left_s is not None]
+        if not begun:
             return
+        done = sum(progress.done_tokens for progress in begun)
         if self._bar is None:
             self._bar = tqdm(
-                total=progress.total_tokens, desc="prefill", unit=" tokens", leave=False
+                desc="prefill",
+                unit=" tokens",
+                leave=False,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{postfix}]",
             )
-            # Count from when the prefill began, not from when we first looked.
-            self._bar.start_t -= progress.elapsed_s
-        self._bar.update(progress.done_tokens - self._bar.n)
+        self._bar.total = max(done, sum(progress.total_tokens for progress in begun))
+        rate = sum(progress.tokens_per_s for progress in begun)
+        left_s = max(progress.left_s or 0.0 for progress in begun)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {left_s:.0f} s left", refresh=False)
+        self._bar.n = done
+        self._bar.refresh()
 
     def __enter__(self) -> "PrefillBar":
         return self

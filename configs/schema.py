@@ -28,10 +28,16 @@ class RingConfig:
 class SchedulerConfig:
     """How requests are cut into steps."""
 
-    decode_burst_steps: int = 16  # decode steps of one plan
+    decode_burst_steps: int = 16  # decode steps of one plan, where no prompt is under way
+    # Prefill chunks are sized so that a step takes so long; None: as measured rates advise.
+    step_target_s: float | None = None
+    max_queued_requests: int = 4096  # that wait; more are refused
+    decode_rides: bool = True  # decode rows share a prefill's steps; false: they take turns
 
     def __post_init__(self) -> None:
-        _positive("scheduler", self, "decode_burst_steps")
+        _positive("scheduler", self, "decode_burst_steps", "max_queued_requests")
+        if self.step_target_s is not None:
+            _positive("scheduler", self, "step_target_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,8 @@ class Config:
     page_tokens: int = 256
     enable_prefix_caching: bool = True  # answers' KV is kept for prompts that begin alike
     max_num_seqs: int = 256  # answers that run at once
-    max_num_batched_tokens: int = 8192  # new tokens of one prefill step; one prompt may have more
+    max_num_batched_tokens: int = 8192  # computed in one step, over all prompts and answers
+    long_prefill_token_threshold: int = 0  # of one prompt in one step; 0: no limit of its own
     decode_block_tokens: int = 16  # so many new tokens' KV in a row stay on one rank
     max_logprobs: int = 20  # that a request may ask for at each token; -1: the whole vocabulary
     threads_per_rank: int = 0  # of torch on CPU; 0: the host's cores divided among its ranks
@@ -98,6 +105,11 @@ class Config:
             _positive("", self, "kv_cache_memory_bytes")
         if self.page_tokens < 256 or self.page_tokens % 256:
             raise ValueError(f"page_tokens must be a multiple of 256, got {self.page_tokens}")
+        if self.long_prefill_token_threshold < 0:
+            raise ValueError(
+                "long_prefill_token_threshold must be >= 0, got"
+                f" {self.long_prefill_token_threshold}"
+            )
         if self.max_logprobs < -1:
             raise ValueError(f"max_logprobs must be >= -1, got {self.max_logprobs}")
         if self.threads_per_rank < 0:

@@ -20,6 +20,7 @@ from attention.spans import NO_LAYER
 from attention.timing import PartTimer
 from models.config import ModelConfig
 from models.families import ACTIVATIONS
+from models.linear import linear
 from models.rope import apply_rope_, rope_cos_sin, rope_inv_freq
 from models.weights import DecoderWeights, LayerWeights
 
@@ -90,7 +91,7 @@ class Decoder:
                 x_TE = x_TE[rows]
             with timer("gemm"):
                 out_TX = out_THD.flatten(1).to(self.dtype)
-                out_TE = functional.linear(out_TX, layer.out_EX, layer.out_bias_E)
+                out_TE = linear(out_TX, layer.out_EX, layer.out_bias_E)
                 if self.config.parallel_residual:
                     self._add_mlp(layer, x_TE, out_TE)
                     x_TE += out_TE
@@ -105,7 +106,7 @@ class Decoder:
         """Return ``logits_TV`` in float32."""
         weights = self._weights
         normed_TE = self._norm(hidden_TE, weights.final_norm_E, weights.final_norm_bias_E)
-        return functional.linear(normed_TE, weights.lm_head_VE).float()
+        return linear(normed_TE, weights.lm_head_VE).float()
 
     def _project(
         self,
@@ -134,7 +135,7 @@ class Decoder:
     def _heads(self, layer: LayerWeights, normed_TE: Tensor, part: slice) -> Tensor:
         """Project to some of the query, key and value heads."""
         bias_P = None if layer.qkv_bias_P is None else layer.qkv_bias_P[part]
-        projected_TP = functional.linear(normed_TE, layer.qkv_PE[part], bias_P)
+        projected_TP = linear(normed_TE, layer.qkv_PE[part], bias_P)
         return projected_TP.unflatten(1, (-1, self.config.head_dim))
 
     def _turn_(self, heads_THD: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> None:
@@ -146,13 +147,13 @@ class Decoder:
         tokens = MLP_TOKENS[self.device.type]
         for rows_TE, sum_rows_TE in zip(x_TE.split(tokens), sum_TE.split(tokens), strict=True):
             normed_TE = self._norm(rows_TE, layer.post_norm_E, layer.post_norm_bias_E)
-            up_TF = functional.linear(normed_TE, layer.gate_up_FE, layer.gate_up_bias_F)
+            up_TF = linear(normed_TE, layer.gate_up_FE, layer.gate_up_bias_F)
             if self.config.gated_mlp:
                 gate_TF, up_TF = up_TF.chunk(2, dim=1)
                 inner_TF = self._activate(gate_TF).mul_(up_TF)
             else:
                 inner_TF = self._activate(up_TF)
-            sum_rows_TE += functional.linear(inner_TF, layer.down_EF, layer.down_bias_E)
+            sum_rows_TE += linear(inner_TF, layer.down_EF, layer.down_bias_E)
 
     def _norm_heads_(self, x_THD: Tensor, weight_D: Tensor | None) -> None:
         if weight_D is None:

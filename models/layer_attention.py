@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attention import PagedRows, Ring, attend, merge_into, merge_stacked
+from attention import PagedBatch, PagedRows, Ring, attend, merge_into, merge_stacked
 from attention.timing import PartTimer
 from models.page_pool import PagePool
 
@@ -115,11 +115,14 @@ class PrefillAttention:
         if sharded:
             held = [rows.query_rank == self._ring.rank for rows in sharded]
             q_BHD = self._gather_queries(q_RHD[: sum(held)], sharded)
-            out_BHD = attend_to_all_runs(layer, sharded, q_BHD, self._pool, self._ring, self._timer)
+            batch = _batch_of(sharded, self._pool)
+            out_BHD = attend_to_all_runs(layer, batch, q_BHD, self._pool, self._ring, self._timer)
             outs.append(out_BHD[held])
             q_RHD = q_RHD[sum(held) :]
         if whole:
-            outs.append(attend_to_runs(layer, whole, q_RHD, self._pool, self._timer)[0])
+            with self._timer("attention"):
+                batch = _batch_of(whole, self._pool)
+                outs.append(self._pool.attend(layer, batch, q_RHD)[0])
         return torch.cat(outs) if outs else q_RHD.float()
 
     def _gather_queries(self, own_RHD: Tensor, sharded: Sequence[NewRows]) -> Tensor:
@@ -148,53 +151,68 @@ class DecodeAttention:
 
         ``count`` is 1 where this rank keeps the new token's KV, else 0.
         """
-        self._sharded = sharded
-        self._whole = whole
         self._pool = pool
         self._ring = ring
         self._timer = timer
+        rows = [*sharded, *whole]
+        # What is the same in all layers is worked out once.
+        self._sharded = _batch_of(sharded, pool) if sharded else None
+        self._whole = _batch_of(whole, pool) if whole else None
+        self._num_sharded = len(sharded)
+        kept = [number for number, each in enumerate(rows) if each.count]
+        self._kept: slice | list[int] = slice(None) if len(kept) == len(rows) else kept
+        self._slots = pool.slots([(rows[n].sequence_id, rows[n].first_row) for n in kept])
 
     def __call__(self, layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
         """See `models.decoder.LayerAttention`."""
-        with self._timer("store"):
-            for rows, kv_JD in zip((*self._sharded, *self._whole), kv_TJD, strict=True):
-                if rows.count:
-                    self._pool.store(layer, rows.sequence_id, rows.first_row, kv_JD.unsqueeze(0))
-        split, outs = len(self._sharded), []
-        if self._sharded:
+        if len(self._slots):
+            with self._timer("store"):
+                self._pool.store_at(layer, self._slots, kv_TJD[self._kept])
+        outs = []
+        if self._sharded is not None:
+            q_BHD = q_THD[: self._num_sharded]
             outs.append(
-                attend_to_all_runs(
-                    layer, self._sharded, q_THD[:split], self._pool, self._ring, self._timer
-                )
+                attend_to_all_runs(layer, self._sharded, q_BHD, self._pool, self._ring, self._timer)
             )
-        if self._whole:
-            own_THD = q_THD[split:]
-            outs.append(attend_to_runs(layer, self._whole, own_THD, self._pool, self._timer)[0])
+        if self._whole is not None:
+            with self._timer("attention"):
+                q_BHD = q_THD[self._num_sharded :]
+                outs.append(self._pool.attend(layer, self._whole, q_BHD)[0])
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def attend_to_runs(
-    layer: int, runs: Sequence[NewRows], q_BHD: Tensor, pool: PagePool, timer: PartTimer
-) -> tuple[Tensor, Tensor]:
-    """Return ``(out_BHD, lse_BH)``, float32: query b sees this rank's rows of sequence b."""
-    with timer("attention"):
-        partials = [
-            pool.rows(layer, rows.sequence_id, rows.num_rows).attend(q_HD.unsqueeze(0))
-            for rows, q_HD in zip(runs, q_BHD, strict=True)
-        ]
-        outs_1HD, lses_1H = zip(*partials, strict=True)
-        return torch.cat(outs_1HD), torch.cat(lses_1H)
+class MixedAttention:
+    """A prefill and a decode step in one: the decode rows come last in every tensor."""
+
+    def __init__(
+        self, prefill: PrefillAttention, decode: DecodeAttention, num_decoded: int
+    ) -> None:
+        """Take the two, and how many rows are the decode step's."""
+        self._prefill = prefill
+        self._decode = decode
+        self._num_decoded = num_decoded
+
+    def __call__(self, layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
+        """See `models.decoder.LayerAttention`."""
+        n = self._num_decoded
+        return torch.cat(
+            [
+                self._prefill(layer, q_THD[:-n], kv_TJD[:-n]),
+                self._decode(layer, q_THD[-n:], kv_TJD[-n:]),
+            ]
+        )
 
 
 def attend_to_all_runs(
-    layer: int, runs: Sequence[NewRows], q_BHD: Tensor, pool: PagePool, ring: Ring, timer: PartTimer
+    layer: int, batch: PagedBatch, q_BHD: Tensor, pool: PagePool, ring: Ring, timer: PartTimer
 ) -> Tensor:
     """Return ``out_BHD``, float32, of queries that see all rows of their sequence, on every rank.
 
     All ranks have the same queries. One packed exchange of (out, lse) brings the
     partials together; all merge them in the same order and so get the same bits.
     """
-    out_BHD, lse_BH = attend_to_runs(layer, runs, q_BHD, pool, timer)
+    with timer("attention"):
+        out_BHD, lse_BH = pool.attend(layer, batch, q_BHD)
     if ring.size == 1:
         return out_BHD
     with timer("exchange"):
@@ -202,3 +220,7 @@ def attend_to_all_runs(
         gathered = ring.all_gather(packed)
     with timer("merge"):
         return merge_stacked(gathered[..., :-1], gathered[..., -1])[0]
+
+
+def _batch_of(runs: Sequence[NewRows], pool: PagePool) -> PagedBatch:
+    return pool.batch([(rows.sequence_id, rows.num_rows) for rows in runs])

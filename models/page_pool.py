@@ -1,10 +1,12 @@
 """The device memory for keys and values of one rank: a pool of pages, allocated once at start."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from attention import PagedRows
-from attention.paged import copy_page, pages_shape, store_rows
+from attention import PagedBatch, PagedRows
+from attention.paged import copy_page, pages_shape, store_each, store_rows
 from models.page_table import CacheOp, PageTable
 
 
@@ -52,6 +54,29 @@ class PagePool:
         page_ids = self.table.run(sequence_id).page_ids
         for pages, rows_TKD in zip(self._pages[layer], kv_TJD.chunk(2, dim=1), strict=True):
             store_rows(pages, page_ids, first_row, rows_TKD)
+
+    def slots(self, rows: Sequence[tuple[int, int]]) -> Tensor:
+        """Return where rows ``(sequence, row)`` lie in each layer's memory, for `store_at`."""
+        capacity = self.table.page_tokens
+        slots = [
+            self.table.run(sequence_id).page_ids[row // capacity] * capacity + row % capacity
+            for sequence_id, row in rows
+        ]
+        return torch.tensor(slots, dtype=torch.int64, device=self._pages.device)
+
+    def store_at(self, layer: int, slots_T: Tensor, kv_TJD: Tensor) -> None:
+        """Write one layer's new rows of any sequences, each where `slots` says."""
+        store_each(self._pages[layer], slots_T, kv_TJD)
+
+    def batch(self, rows: Sequence[tuple[int, int]]) -> PagedBatch:
+        """Return ``(sequence, rows)`` as attention with one query each reads them in any layer."""
+        runs = [(self.table.run(sequence_id).page_ids, count) for sequence_id, count in rows]
+        return PagedBatch(runs, page_tokens=self.table.page_tokens, device=self._pages.device)
+
+    def attend(self, layer: int, batch: PagedBatch, q_BHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(out_BHD, lse_BH)``: query b sees the rows of sequence b of the batch."""
+        k_pages, v_pages = self._pages[layer]
+        return batch.attend(q_BHD, k_pages, v_pages)
 
     def rows(self, layer: int, sequence_id: int, num_rows: int) -> PagedRows:
         """Return the first rows of a sequence on this rank, as attention reads them."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from actors.choice import Chooser
 from actors.device_cache import DeviceCache
-from actors.messages import DecodePlan, Plan, SequenceResult, StepResult
-from actors.scheduler import Scheduler, Step
+from actors.messages import DecodeRow, Plan, PrefillChunk, SequenceResult, StepResult
+from actors.scheduler import Limits, Scheduler, Step
 from models.rates import ModelShape
 
 SHAPE = ModelShape(
@@ -34,22 +34,25 @@ def make_scheduler(
     cache = DeviceCache(
         num_ranks=num_ranks, num_pages=num_pages, page_tokens=page_tokens, shares=shares
     )
-    return Scheduler(
-        cache,
-        chooser or Chooser("pass_kv", SHAPE, None, num_ranks),
+    limits = Limits(
         **{
             "decode_block_tokens": 16,
             "burst_steps": 16,
             "max_num_seqs": 256,
             "max_num_batched_tokens": 8192,
+            "max_queued_requests": 1000,
             **settings,
-        },
+        }
     )
+    return Scheduler(cache, chooser or Chooser("pass_kv", SHAPE, None, num_ranks), limits)
 
 
 def run_step(scheduler: Scheduler, step: Step, next_token: NextToken) -> None:
     """Hand the scheduler what ranks would report of a step."""
-    sequences = tuple(_sample(step.plan, index, next_token) for index in range(parts_of(step.plan)))
+    sequences = tuple(
+        _sample(part, generation.sequence_id, next_token)
+        for part, generation in zip(step.plan.parts, step.generations, strict=True)
+    )
     results = [
         StepResult(rank=rank, number=step.plan.number, sequences=sequences, wall_s=0.0, parts_s={})
         for rank in range(scheduler.cache.num_ranks)
@@ -67,20 +70,17 @@ def run_all(scheduler: Scheduler, next_token: NextToken) -> list[Plan]:
     return plans
 
 
-def parts_of(plan: Plan) -> int:
-    return len(plan.rows) if isinstance(plan, DecodePlan) else len(plan.chunks)
-
-
-def _sample(plan: Plan, index: int, next_token: NextToken) -> SequenceResult:
-    part: Any = plan.rows[index] if isinstance(plan, DecodePlan) else plan.chunks[index]
+def _sample(
+    part: PrefillChunk | DecodeRow, sequence_id: int, next_token: NextToken
+) -> SequenceResult:
     if part.draw is None:
         return SequenceResult(token_ids=())
-    first, steps = 0, 1
-    if isinstance(plan, DecodePlan):
-        first, steps = part.index, len(part.owners)
+    first, steps = (
+        (part.index, len(part.owners)) if isinstance(part, DecodeRow) else (part.answer_tokens, 1)
+    )
     tokens: list[int] = []
     for step in range(steps):
-        tokens.append(next_token(part.sequence_id, first + step))
+        tokens.append(next_token(sequence_id, first + step))
         if tokens[-1] in part.draw.stop_ids:
             break
     return SequenceResult(token_ids=tuple(tokens))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from actors.device_memory import available_kv_bytes
 from attention import (
+    PagedBatch,
     PagedRows,
     PassKVAttention,
     PassQAttention,
@@ -27,7 +28,7 @@ from attention import (
     Zigzag,
     attend,
 )
-from attention.paged import copy_page, pages_shape, store_rows
+from attention.paged import copy_page, pages_shape, store_each, store_rows
 from attention.timing import PartTimer
 from models.draw import Filters, sample
 from models.needle_checkpoint import write_needle_checkpoint
@@ -134,6 +135,31 @@ def check_pages(device: torch.device, dtype: torch.dtype) -> None:
         copy_page(pages, page_ids[0], 7, 3)
         copy = PagedRows(pages[0], pages[1], [7], 3).attend(q.to(device))
         assert_partial(copy, softmax_attention(q, k[:3], v[:3]), dtype)
+
+
+def check_batches(device: torch.device, dtype: torch.dtype) -> None:
+    """One query each of sequences of any lengths, one of them without rows, stored at once."""
+    for capacity, kv_heads in ((256, 2), (256, 4), (4, 2)):
+        runs: list[tuple[list[int], int]] = [([3, 1], capacity + 2), ([], 0), ([6], 1)]
+        runs.append(([2, 5, 0], 3 * capacity))
+        num_rows = sum(rows for _, rows in runs)
+        q, k, v = random_qkv(4, num_rows, kv_heads=kv_heads, head_dim=64, dtype=dtype)
+        shape = pages_shape(
+            device, num_pages=8, page_tokens=capacity, num_kv_heads=kv_heads, head_dim=64
+        )
+        pages = torch.full((2, *shape), torch.nan, dtype=dtype, device=device)
+        slots = [
+            page_ids[row // capacity] * capacity + row % capacity
+            for page_ids, rows in runs
+            for row in range(rows)
+        ]
+        store_each(pages, torch.tensor(slots, device=device), torch.cat([k, v], dim=1).to(device))
+        parts = (x.split([rows for _, rows in runs]) for x in (k, v))
+        expected = [softmax_attention(*qkv) for qkv in zip(q.split(1), *parts, strict=True)]
+        outs, lses = zip(*expected, strict=True)
+        batch = PagedBatch(runs, page_tokens=capacity, device=device)
+        actual = batch.attend(q.to(device), pages[0], pages[1])
+        assert_partial(actual, (torch.cat(outs), torch.cat(lses)), dtype)
 
 
 def check_ring_attention(device: torch.device, dtype: torch.dtype) -> None:
@@ -247,6 +273,7 @@ _IN_ALL = (
     check_strided_inputs,
     check_empty_sides,
     check_pages,
+    check_batches,
     check_ring_attention,
 )
 _OF_MODELS = (check_needle_exam, check_decoded_answers)

@@ -16,7 +16,7 @@ from actors.draws import BadWords
 from actors.generation import Generation
 from actors.messages import Plan, SequenceResult, StepResult, WorkerSpec
 from actors.plans import prefill_plan
-from actors.scheduler import Scheduler, Step
+from actors.scheduler import Limits, Scheduler, Step
 from actors.worker import GPUWorker
 from attention import PassKVAttention, Ring, RingSequence, ThreadRanks, Zigzag
 from attention.timing import PartTimer
@@ -50,7 +50,7 @@ class ThreadCluster:
         """Bring the ranks up; on CUDA all of them share the first GPU.
 
         Without ``shares`` every prompt is computed anew, as a single request would be.
-        ``settings`` are those of the `Scheduler`.
+        ``settings`` are those of `Limits`.
         """
         self.config = read_model_config(checkpoint)
         self.num_ranks = num_ranks
@@ -76,13 +76,16 @@ class ThreadCluster:
         self.scheduler = Scheduler(
             self.cache,
             Chooser(rule, model_shape(self.config, itemsize), rates, num_ranks),
-            **{
-                "decode_block_tokens": 16,
-                "burst_steps": 16,
-                "max_num_seqs": 256,
-                "max_num_batched_tokens": 8192,
-                **settings,
-            },
+            Limits(
+                **{
+                    "decode_block_tokens": 16,
+                    "burst_steps": 16,
+                    "max_num_seqs": 256,
+                    "max_num_batched_tokens": 8192,
+                    "max_queued_requests": 1000,
+                    **settings,
+                }
+            ),
         )
 
     def generate(
@@ -116,6 +119,7 @@ class ThreadCluster:
         bad_words: BadWords = (),
         *,
         salt: str = "",
+        priority: int = 0,
     ) -> Generation:
         """Hand an answer to the scheduler."""
         self._sequences += 1
@@ -127,6 +131,7 @@ class ThreadCluster:
             eos_ids=self.config.eos_token_ids,
             max_model_len=self.config.max_position_embeddings,
             cache_salt=salt,
+            priority=priority,
             bad_words=bad_words,
         )
         self.scheduler.add(generation)
@@ -143,7 +148,7 @@ class ThreadCluster:
             for index in range(len(step.generations)):
                 # Of the ranks that know what was sampled, all must know the same.
                 known = {result.sequences[index].token_ids for result in results} - {()}
-                assert len(known) == 1
+                assert len(known) <= 1
             self.scheduler.advance(step, results)
             done.append((step, results))
         return done

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cluster.bench import choice, conversation, prediction, runs, speed
+from cluster.bench import choice, conversation, prediction, requests, runs, speed
 from cluster.launch import connect_ray, disconnect_ray
 from models.errors import PromptError
 from models.needle_checkpoint import write_needle_checkpoint
@@ -65,6 +65,13 @@ KINDS = {
         choice.add_flags,
         choice.measure,
         choice.table,
+    ),
+    "requests": Kind(
+        "many requests: time between tokens, throughput against transformers, time outside the"
+        " model",
+        requests.add_flags,
+        requests.measure,
+        requests.table,
     ),
     "prediction": Kind(
         "predicted against measured seconds, over new and cached tokens",
@@ -141,10 +148,10 @@ def _checkpoint(model: str, directory: Path) -> Path:
     return directory
 
 
-def read_count(name: str, value: int) -> int:
-    """Return a number that must be 1 at least."""
-    if value < 1:
-        raise PromptError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+def read_count(name: str, value: int, *, least: int = 1) -> int:
+    """Return a number that must not be too small."""
+    if value < least:
+        raise PromptError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
     return value
 
 
@@ -161,6 +168,24 @@ def read_counts(name: str, text: str, *, least: int = 1) -> list[int]:
     if min(counts) < least:
         raise PromptError(f"--{name} must be >= {least}, got {min(counts)}")
     return list(dict.fromkeys(counts))
+
+
+def read_range(name: str, text: str) -> tuple[int, int]:
+    """Return the two ends of a flag's range.
+
+    Raises:
+        PromptError: There are not two, or they are no integers >= 1 in ascending order.
+    """
+    try:
+        first, last = (int(word) for word in text.split(","))
+    except ValueError:
+        first, last = 0, 0
+    if not 1 <= first <= last:
+        raise PromptError(
+            f"--{name.replace('_', '-')} must be the least and the most with a comma, both >= 1,"
+            f" got {text!r}"
+        )
+    return first, last
 
 
 def read_percents(name: str, text: str) -> list[float]:
@@ -189,6 +214,15 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "steps": read_count,
     "tokens": read_count,
     "new_tokens": read_count,
+    "ranks": read_count,
+    "streams": read_count,
+    "prompt": read_count,
+    # Time between tokens needs two of them.
+    "answer": lambda name, value: read_count(name, value, least=2),
+    "long": read_count,
+    "mixed": read_count,
+    "mixed_prompts": read_range,
+    "mixed_answers": read_range,
 }
 
 

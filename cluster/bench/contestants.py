@@ -4,9 +4,12 @@ All contestants live at once on one Ray, so that runs can be interleaved; who do
 not run only waits.
 """
 
+import asyncio
 import contextlib
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +24,35 @@ from models.sampling import SamplingParams
 
 VOCABULARY = 256  # random prompts are of the first ids only: the demo model's others are commands
 ANSWER_TOKENS = 16  # of a first turn
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt, and how many tokens its answer has."""
+
+    token_ids: Sequence[int]
+    answer_tokens: int
+
+    @property
+    def prompt(self) -> dict[str, Sequence[int]]:
+        """What `LLM` takes."""
+        return {"prompt_token_ids": self.token_ids}
+
+    def params(self) -> SamplingParams:
+        """Greedy, and no end before the last token."""
+        return SamplingParams(max_tokens=self.answer_tokens, temperature=0.0, ignore_eos=True)
+
+    def check(self, name: str, made_tokens: int) -> None:
+        """Refuse an answer that has another length than was asked for.
+
+        Raises:
+            ClusterError: It has.
+        """
+        if made_tokens != self.answer_tokens:
+            raise ClusterError(
+                f"{name} made {made_tokens} tokens where {self.answer_tokens} were asked for: what"
+                " was measured is other work"
+            )
 
 
 class Contestant(Protocol):
@@ -96,6 +128,7 @@ class Ours:
         profile: Path,
         keeps: bool = False,
         algorithm: str = "auto",
+        decode_rides: bool = True,
     ) -> None:
         """Bring a cluster up.
 
@@ -108,11 +141,12 @@ class Ours:
             profile: Directory of the measured rates that contestants of one shape share.
             keeps: KV of earlier turns is reused.
             algorithm: ``ring.algorithm``.
+            decode_rides: ``scheduler.decode_rides``.
         """
         self.name = name
         self._keeps = keeps
         self._context: list[int] = []
-        self._llm = LLM(
+        self.llm = LLM(
             checkpoint,
             device="cpu",
             context_parallel_size=ranks,
@@ -120,9 +154,10 @@ class Ours:
             max_model_len=max_tokens,
             enable_prefix_caching=keeps,
             ring={"algorithm": algorithm},
+            scheduler={"decode_rides": decode_rides},
             profile={"directory": str(profile)},
         )
-        self._pids = [worker.pid for worker in self._llm.info.workers]
+        self._pids = [worker.pid for worker in self.llm.info.workers]
 
     def prefill(self, token_ids: Sequence[int]) -> Measured:
         """Compute a prompt and its first token."""
@@ -140,7 +175,7 @@ class Ours:
 
     def begin(self, token_ids: Sequence[int]) -> None:
         """Compute a first turn, of so many tokens with its answer, in place of what was before."""
-        self._llm.reset_prefix_cache()
+        self.llm.reset_prefix_cache()
         self._context = list(token_ids)
         if self._keeps and self._context:
             # KV is held of all tokens but the last one sampled.
@@ -164,9 +199,38 @@ class Ours:
             )
         return measured
 
+    def together(self, asks: Sequence[Ask]) -> Measured:
+        """Answer requests that are handed in at once; the time is the caller's."""
+
+        async def answer_all() -> list[RequestOutput]:
+            return await asyncio.gather(
+                *(self.llm.agenerate(ask.prompt, ask.params()) for ask in asks)
+            )
+
+        return self._timed(asks, lambda: asyncio.run(answer_all()))
+
+    def one_by_one(self, asks: Sequence[Ask]) -> Measured:
+        """Answer requests of which each is handed in when the one before has its answer."""
+        return self._timed(
+            asks, lambda: [self.llm.generate(ask.prompt, ask.params())[0] for ask in asks]
+        )
+
     def close(self) -> None:
         """End the processes."""
-        self._llm.close()
+        self.llm.close()
+
+    def _timed(
+        self, asks: Sequence[Ask], answer: Callable[[], Sequence[RequestOutput]]
+    ) -> Measured:
+        self._reset_peak()
+        start_s = time.perf_counter()
+        outputs = answer()
+        seconds = time.perf_counter() - start_s
+        for ask, output in zip(asks, outputs, strict=True):
+            ask.check(self.name, len(output.outputs[0].token_ids))
+        by_number = {step.number: step for output in outputs for step in output.steps}
+        steps = tuple(by_number[number] for number in sorted(by_number))
+        return Measured(seconds, self._peak_bytes(), steps=steps)
 
     def _prefill(self, token_ids: Sequence[int], max_tokens: int) -> tuple[Measured, int]:
         self._reset_peak()
@@ -183,8 +247,8 @@ class Ours:
         return max(map(peak_rss_bytes, self._pids))
 
     def _run(self, token_ids: Sequence[int], max_tokens: int) -> RequestOutput:
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        return self._llm.generate({"prompt_token_ids": token_ids}, params)[0]
+        ask = Ask(token_ids, max_tokens)
+        return self.llm.generate(ask.prompt, ask.params())[0]
 
 
 def _parts_s(step: StepRecord) -> dict[str, float]:

@@ -30,7 +30,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     machine = report["machine"]
     axes.set_title(f"{report['benchmark']}: {report['model']}\n{machine['cpu']}, {machine['date']}")
     axes.grid(visible=True, which="both", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=_COLUMNS.get(report["kind"], 4))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -106,6 +106,20 @@ def _draw_prediction(report: dict[str, Any], axes: Axes) -> None:
     axes.set_ylabel("predicted, s")
 
 
+def _draw_requests(report: dict[str, Any], axes: Axes) -> None:
+    """How many of the readers' waits were at most so long, a line for each that had streams."""
+    runs = [run for run in report["latency"]["runs"] if "gaps" in run]
+    for run in runs:
+        waits_ms = sorted(gap_s * 1e3 for of in run["gaps"] for gap_s, _ in of)
+        shares = [100 * (index + 1) / len(waits_ms) for index in range(len(waits_ms))]
+        axes.step(waits_ms, shares, where="post", label=f"{run['cluster']}: {run['scene']}")
+    target_ms = runs[0]["step_target_s"] * 1e3
+    axes.axvline(target_ms, color="black", linestyle=":", label="step target")
+    axes.set_xscale("log")
+    axes.set_xlabel("a reader's wait between two deltas, ms")
+    axes.set_ylabel("waits that were at most so long, %")
+
+
 def _draw_runs(axes: Axes, places: list[float], runs: list[dict[str, Any]], label: str) -> Any:
     times = [run["median_s"] for run in runs]
     return axes.errorbar(places, times, yerr=_spread(runs), marker="o", capsize=3, label=label)
@@ -123,4 +137,6 @@ _DRAWINGS: dict[str, Callable[[dict[str, Any], Axes], None]] = {
     "conversation": _draw_conversation,
     "choice": _draw_choice,
     "prediction": _draw_prediction,
+    "requests": _draw_requests,
 }
+_COLUMNS = {"requests": 2}  # of the legend

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from actors.messages import StepRecord
 
 Input = TypeVar("Input")
+Run = TypeVar("Run")
 Pair = tuple[str, str]  # names of contestants: of, over
 
 
@@ -29,13 +30,13 @@ class Measured:
 
 
 def interleave(
-    actions: Mapping[str, Callable[[Input], Measured]], inputs: Iterable[Input]
-) -> dict[str, list[Measured]]:
+    actions: Mapping[str, Callable[[Input], Run]], inputs: Iterable[Input]
+) -> dict[str, list[Run]]:
     """Have everybody run each input before anybody runs the next.
 
     Each round begins with another, so that nobody always follows the same one.
     """
-    measured: dict[str, list[Measured]] = {name: [] for name in actions}
+    measured: dict[str, list[Run]] = {name: [] for name in actions}
     order = deque(actions)
     for each in inputs:
         for name in order:

@@ -16,6 +16,7 @@ from actors.messages import Draw, StepResult, WorkerSpec
 from actors.plans import prefill_plan
 from actors.remote import create_plain
 from actors.worker import GPUWorker
+from cluster.bench.contestants import Ask
 from cluster.bench.runs import Measured, peak_rss_bytes, reset_peak_rss
 
 LIMIT_S = 3600.0
@@ -78,6 +79,13 @@ class Transformers:
     def turn(self, new_ids: Sequence[int]) -> Measured:
         """Compute new tokens behind the first turn, and the token that follows them."""
         measured: Measured = ray.get(self._runner.turn.remote(list(new_ids)), timeout=LIMIT_S)
+        return measured
+
+    def batch(self, asks: Sequence[Ask]) -> Measured:
+        """Generate answers in one batch, all as long as the longest that is asked for."""
+        prompts = [list(ask.token_ids) for ask in asks]
+        longest = max(ask.answer_tokens for ask in asks)
+        measured: Measured = ray.get(self._runner.batch.remote(prompts, longest), timeout=LIMIT_S)
         return measured
 
     def close(self) -> None:
@@ -181,3 +189,26 @@ class _TransformersRunner:
         measured = Measured(time.perf_counter() - start_s, peak_rss_bytes(os.getpid()))
         self._cache.crop(-len(new_ids))  # the next turn begins where this one did
         return measured
+
+    @torch.inference_mode()
+    def batch(self, prompts: list[list[int]], answer_tokens: int) -> Measured:
+        reset_peak_rss(os.getpid())
+        start_s = time.perf_counter()
+        longest = max(map(len, prompts))
+        gaps = [longest - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[0] * gap + prompt for gap, prompt in zip(gaps, prompts, strict=True)])
+        mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps])
+        self._model.generation_config.eos_token_id = None  # no row ends before the others
+        made = self._model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=answer_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        seconds = time.perf_counter() - start_s
+        if made.shape[1] != longest + answer_tokens:
+            raise ClusterError(
+                f"transformers made {made.shape[1] - longest} tokens, not {answer_tokens}"
+            )
+        return Measured(seconds, peak_rss_bytes(os.getpid()))

@@ -207,6 +207,33 @@ def test_bench_prediction_has_every_step(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
+@pytest.mark.campaign
+@pytest.mark.usefixtures("shared_ray")
+def test_bench_requests_measures_all_three_parts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Streams beside a long prompt, mixed requests, and steps both in bursts and beside chunks."""
+    command = ["bench", "requests", "--model", "needle", "--repeats", "1", "--streams", "2"]
+    command += ["--prompt", "20", "--answer", "200", "--long", "600", "--mixed", "3"]
+    command += ["--mixed-prompts", "8,60", "--mixed-answers", "4,12"]
+    assert main([*command, "--json", "--output", str(tmp_path)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    beside = [run for run in report["latency"]["runs"] if "overlap" in run]
+    assert [run["cluster"] for run in beside] == ["decode rides", "decode takes turns"]
+    assert all(run["p95_s"][0] > 0 and run["long_s"][0] > 0 for run in beside)
+    assert [run["name"] for run in report["throughput"]["runs"]] == [
+        "N=2, together",
+        "N=2, one by one",
+        "N=1, 2 threads, together",
+        "N=1, 2 threads, one by one",
+        "transformers, 2 threads",
+    ]
+    assert {each["phase"] for each in report["outside"]["phases"]} == {"decode", "mixed"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"requests_needle.{suffix}" for suffix in ("json", "txt", "png")
+    }
+
+
 def test_two_clusters_in_one_plain_script_leave_nothing(needle: Path, tmp_path: Path) -> None:
     """No ``__main__`` guard, one `LLM` after the other; processes and shared memory are gone."""
     script = tmp_path / "script.py"

@@ -99,7 +99,8 @@ def test_several_answers_of_one_prompt(llm: LLM) -> None:
     assert len({answer.token_ids for answer in three.outputs}) == 3
     assert two.outputs == three.outputs[:2]
     assert two.prompt_logprobs == three.prompt_logprobs
-    assert [step.phase for step in three.steps] == ["prefill", "prefill", "decode"]
+    assert [step.phase for step in three.steps][:2] == ["prefill", "mixed"]
+    assert sum(step.prefill_tokens for step in three.steps) == len(three.prompt_token_ids) + 2
     alone = llm.generate("any text", SamplingParams(**settings))[0]
     assert alone.outputs[0].token_ids == three.outputs[0].token_ids
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from actors.logprobs import LOWEST, read_logprobs, read_prompt_logprobs
-from attention import Zigzag
+from actors.messages import PrefillChunk
 from models.logprobs import TokenLogprobs, token_logprobs
 
 LOGITS_TV = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, 0.0, 5.0]])
@@ -50,22 +50,39 @@ def test_numbers_that_json_cannot_write_are_replaced() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("length", [1, 2, 7, 30])
-def test_rows_of_the_ranks_are_put_in_order(num_ranks: int, length: int) -> None:
-    """Each is about the token after its own; some ranks may have none."""
-    zigzag = Zigzag(num_tokens=length, num_ranks=num_ranks)
+@pytest.mark.parametrize("home", [None, 0])
+def test_rows_of_chunks_and_ranks_are_put_in_order(
+    num_ranks: int, length: int, home: int | None
+) -> None:
+    """Each is about the token after its own; some ranks may have none, some chunks all on one."""
     prompt = np.arange(100, 100 + length, dtype=np.int32)
-    of_ranks = []
-    for rank in range(num_ranks):
-        following = prompt[[i + 1 for i in zigzag.indices(rank).tolist() if i + 1 < length]]
-        of_ranks.append(
-            TokenLogprobs(
+    chunks = []
+    for start, end in ((0, length // 2), (length // 2, length)):
+        if start == end:
+            continue
+        chunk = PrefillChunk(
+            sequence_id=1,
+            token_ids=prompt[start:end],
+            cached_rows=(start, *[0] * (num_ranks - 1)),
+            home=home,
+            first_rank=num_ranks - 1,
+            draw=None,
+        )
+        of_ranks = []
+        for rank in range(num_ranks):
+            own = chunk.zigzag().indices(rank).tolist()
+            if home is not None:
+                own = list(range(end - start)) if rank == home else []
+            following = prompt[[start + i + 1 for i in own if start + i + 1 < length]]
+            rows = TokenLogprobs(
                 token_ids_TL=following[:, None],
                 logprobs_TL=-following[:, None].astype(np.float32),
                 ranks_T=following,
             )
-        )
+            of_ranks.append(rows if home in (None, rank) else None)
+        chunks.append((chunk, of_ranks))
 
-    read = read_prompt_logprobs(of_ranks, length, spell)
+    read = read_prompt_logprobs(chunks, length, spell)
 
     assert read[0] is None
     assert [next(iter(row)) for row in read[1:] if row] == prompt[1:].tolist()

@@ -6,6 +6,7 @@ check the same calls on the meta device: names, number and types of arguments.
 The kernels themselves run in tests/gpu.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor
 
 import attention.paged
+import attention.paged_batch
 from attention import cuda_kernels
 from attention.cuda_kernels import (
+    PageIndex,
     attend_cuda,
     attend_cudnn,
     attend_flash_pages,
     flash_reads_pages,
 )
-from attention.paged import PagedRows, copy_page, store_rows
+from attention.paged import PagedRows, copy_page, store_each, store_rows
+from attention.paged_batch import PagedBatch
 from tests.reference import TOLERANCES, causal_mask, random_qkv, softmax_attention
 
 LSE_ROWS = 32  # the efficient kernel pads its LSE to a multiple of these
@@ -68,13 +72,21 @@ def flash(
     assert cum_seq_k is not None
     assert seqused_k is not None
     assert {cum_seq_q.dtype, cum_seq_k.dtype, seqused_k.dtype, block_table.dtype} == {torch.int32}
-    assert cum_seq_q.tolist() == [0, max_q] == [0, len(query)]
-    assert seqused_k.tolist() == [max_k]
+    counts, starts = seqused_k.tolist(), cum_seq_q.tolist()
+    assert starts == list(range(0, len(query) + 1, max_q))
+    assert cum_seq_k.tolist() == [0, *itertools.accumulate(counts)]
+    assert max_k == max(counts)
+    assert min(counts) > 0  # the LSE over no keys is +inf here
     assert key.shape[1] % 256 == 0
-    k, v = (pages[block_table[0].long()].flatten(0, 1)[:max_k] for pages in (key, value))
-    out, lse = exact(query, k, v, is_causal, scale)
-    # The query of a decode step comes back as a batch of one.
-    return (out[None], lse.t()) if max_q == 1 else (out, lse.t())
+    outs, lses = [], []
+    for q, pages, count in zip(query.split(max_q), block_table, counts, strict=True):
+        k, v = (x[pages.long()].flatten(0, 1)[:count] for x in (key, value))
+        out, lse = exact(q, k, v, is_causal, scale)
+        outs.append(out)
+        lses.append(lse)
+    lse_HT = torch.cat(lses).t()
+    # Single queries come back as a batch of them.
+    return (torch.stack(outs) if max_q == 1 else torch.cat(outs)), lse_HT
 
 
 def efficient(
@@ -205,7 +217,7 @@ def test_pages_are_read_in_each_of_the_three_ways(
     queries: int,
 ) -> None:
     """In place where they are neighbours, by the kernel where it can, and else gathered."""
-    monkeypatch.setattr(attention.paged, "_is_head_major", lambda pages: False)
+    monkeypatch.setattr(attention.paged, "is_head_major", lambda pages: False)
     monkeypatch.setattr(
         attention.paged, "attend", lambda q, k, v, scale: attend_cuda(q, k, v, False, scale)
     )
@@ -263,12 +275,47 @@ def test_the_paged_operator_of_this_torch_takes_this_call() -> None:
     if not flash_reads_pages(pages):
         pytest.skip("this torch's flash kernel reads no pages")
     q = torch.empty(3, 4, 32, dtype=torch.bfloat16, device="meta")
-    page_ids = torch.empty(3, dtype=torch.int32, device="meta")
+    for runs in ([([0, 1, 2], 700)], [([0], 7), ([1, 2], 500), ([3], 256)]):
+        index = PageIndex.of(runs, 256, torch.device("meta"))
 
-    out, lse = attend_flash_pages(q, pages, pages, page_ids, 700, None)
+        out, lse = attend_flash_pages(q, pages, pages, index, None)
 
-    assert out.shape == (3, 4, 32)
-    assert lse.shape == (3, 4)
+        assert out.shape == (3, 4, 32)
+        assert lse.shape == (3, 4)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("capacity", [4, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batches_are_one_call_where_the_kernel_reads_pages(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capacity: int, kv_heads: int
+) -> None:
+    """Sequences without rows are left out of it; where it cannot be, each is a call."""
+    monkeypatch.setattr(attention.paged, "is_head_major", lambda pages: False)
+    monkeypatch.setattr(attention.paged_batch, "is_head_major", lambda pages: False)
+    monkeypatch.setattr(
+        attention.paged, "attend", lambda q, k, v, scale: attend_cuda(q, k, v, False, scale)
+    )
+    runs = [([3, 1], capacity + 2), ([], 0), ([6], 1), ([2, 5, 0], 3 * capacity)]
+    for some in (runs, [run for run in runs if run[1]], runs[1:2] * 2, runs[:1]):
+        q, _, _ = random_qkv(len(some), 1, kv_heads=kv_heads, dtype=dtype)
+        pages = torch.full((2, 8, capacity, kv_heads, 32), torch.nan, dtype=dtype)
+        filled = []
+        for number, (page_ids, count) in enumerate(some):
+            _, k, v = random_qkv(1, count, kv_heads=kv_heads, dtype=dtype, seed=number)
+            slots = [page_ids[row // capacity] * capacity + row % capacity for row in range(count)]
+            store_each(pages, torch.tensor(slots).long(), torch.cat([k, v], dim=1))
+            filled.append((k, v))
+
+        batch = PagedBatch(some, page_tokens=capacity, device=pages.device)
+        actual = batch.attend(q, pages[0], pages[1])
+
+        expected = [
+            softmax_attention(q_1HD, k, v) for q_1HD, (k, v) in zip(q.split(1), filled, strict=True)
+        ]
+        outs, lses = zip(*expected, strict=True)
+        assert_partial(actual, (torch.cat(outs), torch.cat(lses)), dtype)
 
 
 def test_pages_of_another_device_take_the_cuda_way() -> None:

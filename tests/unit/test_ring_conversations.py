@@ -1,8 +1,10 @@
-"""Turns, forks, shared prefixes, evictions: every answer is what transformers says it alone is."""
+"""Turns, forks, evictions, preemptions, cancels: every answer is transformers' own."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +43,9 @@ class Ask:
     max_tokens: int
     salt: str
     stop: bool  # at any of many tokens: bursts are cut
+    steps_before: int  # that others run before it arrives
+    cancel_after: int | None  # so many steps
+    priority: int
 
 
 asks = st.builds(
@@ -51,6 +56,9 @@ asks = st.builds(
     max_tokens=st.integers(1, 24),
     salt=st.sampled_from(["", "", "other"]),
     stop=st.booleans(),
+    steps_before=st.integers(0, 3),
+    cancel_after=st.none() | st.none() | st.integers(0, 4),
+    priority=st.sampled_from([0, 0, 1, -1]),
 )
 
 
@@ -60,6 +68,60 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return write_llama_checkpoint(tmp_path_factory.mktemp(request.param), num_key_value_heads=heads)
 
 
+class Mix:
+    """Requests of one cluster, answered beside and after each other."""
+
+    def __init__(self, checkpoint: Path, cluster: ThreadCluster) -> None:
+        self._checkpoint = checkpoint
+        self._cluster = cluster
+        self._rng = np.random.default_rng(0)
+        self._known: list[list[int]] = []  # prompts with their answers
+        self._open: list[tuple[Ask, list[int], Generation]] = []
+        self._steps = 0
+
+    def ask(self, ask: Ask) -> None:
+        """Run some steps, and hand in a request."""
+        self.run(ask.steps_before)
+        prompt: list[int] = []
+        if ask.begins_like is not None and self._known:
+            earlier = self._known[ask.begins_like % len(self._known)]
+            prompt = earlier[: max(1, int(ask.share * len(earlier)))]
+        prompt = [*prompt, *self._rng.integers(0, 500, ask.new_tokens).tolist()][-150:]
+        params = SamplingParams(
+            max_tokens=ask.max_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            stop_token_ids=list(range(0, 500, 9)) if ask.stop else None,
+        )
+        generation = self._cluster.add(prompt, params, salt=ask.salt, priority=ask.priority)
+        self._open.append((ask, prompt, generation))
+        self._known.append(prompt)
+
+    def run(self, max_steps: int | None = None) -> None:
+        """Run steps, cancel what is to be cancelled, check the tables after each."""
+        done = 0
+        while max_steps is None or done < max_steps:
+            if not self._cluster.run(max_steps=1):
+                break
+            done += 1
+            self._cluster.check_invariants()
+            for ask, _, generation in self._open:
+                if ask.cancel_after == done:
+                    self._cluster.scheduler.cancel(generation)
+                    self._cluster.check_invariants()
+            assert done < 500, "an answer starves"
+
+    def finish(self) -> None:
+        """Run to the end, and compare every answer."""
+        self.run()
+        for _, prompt, generation in self._open:
+            assert generation.finish_reason is not None
+            if generation.token_ids:
+                assert_greedy(self._checkpoint, prompt, generation.token_ids)
+            self._known.append([*prompt, *generation.token_ids])
+        self._open.clear()
+
+
 def check_mix(
     checkpoint: Path,
     num_ranks: int,
@@ -67,10 +129,9 @@ def check_mix(
     batches: list[list[Ask]],
     num_pages: int,
     clear_before: int,
+    limits: dict[str, Any],
 ) -> None:
-    """Answer batches of requests after each other in a small pool, and compare each alone."""
-    rng = np.random.default_rng(0)
-    known: list[tuple[str, list[int]]] = []
+    """Answer batches of requests in a small pool, and compare each with itself alone."""
     with ThreadCluster(
         checkpoint,
         num_ranks,
@@ -82,33 +143,15 @@ def check_mix(
         piece_bytes=2048,
         burst_steps=5,
         decode_block_tokens=4,
+        **limits,
     ) as cluster:
+        mix = Mix(checkpoint, cluster)
         for number, batch in enumerate(batches):
             if number == clear_before:
                 cluster.cache.clear()
-            begun: list[tuple[list[int], Generation]] = []
             for ask in batch:
-                prompt: list[int] = []
-                if ask.begins_like is not None and known:
-                    _, earlier = known[ask.begins_like % len(known)]
-                    prompt = earlier[: max(1, int(ask.share * len(earlier)))]
-                prompt = [*prompt, *rng.integers(0, 500, ask.new_tokens).tolist()][-150:]
-                params = SamplingParams(
-                    max_tokens=ask.max_tokens,
-                    temperature=0.0,
-                    ignore_eos=True,
-                    stop_token_ids=list(range(0, 500, 9)) if ask.stop else None,
-                )
-                begun.append((prompt, cluster.add(prompt, params, salt=ask.salt)))
-            while cluster.run(max_steps=1):
-                cluster.check_invariants()
-            known += [
-                (ask.salt, [*prompt, *generation.token_ids])
-                for ask, (prompt, generation) in zip(batch, begun, strict=True)
-            ]
-            for prompt, generation in begun:
-                assert generation.finish_reason is not None
-                assert_greedy(checkpoint, prompt, generation.token_ids)
+                mix.ask(ask)
+            mix.finish()
         cluster.cache.clear()
         cluster.check_invariants()
         for worker in cluster.workers:
@@ -121,6 +164,15 @@ mixes = given(
     batches=st.lists(st.lists(asks, min_size=1, max_size=4), min_size=1, max_size=5),
     num_pages=st.sampled_from([14, 40]),
     clear_before=st.integers(0, 8),
+    limits=st.fixed_dictionaries(
+        {
+            "max_num_batched_tokens": st.sampled_from([40, 70, 8192]),
+            "max_num_seqs": st.sampled_from([2, 100]),
+            "long_prefill_token_threshold": st.sampled_from([0, 30]),
+            "decode_rides": st.booleans(),
+            "step_target_s": st.sampled_from([math.inf, 1e-6]),
+        }
+    ),
 )
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
@@ -134,9 +186,10 @@ def test_any_mix_of_requests_equals_each_alone(
     batches: list[list[Ask]],
     num_pages: int,
     clear_before: int,
+    limits: dict[str, Any],
 ) -> None:
-    """Whatever is shared, cut, evicted, batched and chosen; no page is lost."""
-    check_mix(checkpoint, num_ranks, rule, batches, num_pages, clear_before)
+    """Whatever is shared, cut, evicted, preempted, cancelled and chosen; no page is lost."""
+    check_mix(checkpoint, num_ranks, rule, batches, num_pages, clear_before, limits)
 
 
 @pytest.mark.campaign
@@ -149,9 +202,10 @@ def test_many_mixes_of_requests_equal_each_alone(
     batches: list[list[Ask]],
     num_pages: int,
     clear_before: int,
+    limits: dict[str, Any],
 ) -> None:
     """The same, more often."""
-    check_mix(checkpoint, num_ranks, rule, batches, num_pages, clear_before)
+    check_mix(checkpoint, num_ranks, rule, batches, num_pages, clear_before, limits)
 
 
 @pytest.fixture(scope="module", params=[("pass_kv", 2), ("pass_q", 2), ("pass_q", 3)])

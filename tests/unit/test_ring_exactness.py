@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.messages import DecodeRow
-from actors.scheduler import Scheduler
+from actors.running import Running
 from models.sampling import SamplingParams
 from tests.checkpoints import write_llama_checkpoint
 from tests.oracle import assert_greedy, oracle_logits
@@ -75,13 +75,13 @@ def test_decoded_positions_one_too_high_are_seen(
 ) -> None:
     """A defect that copied answers would survive: the tests above must be red with it."""
     checkpoint = write_llama_checkpoint(tmp_path)
-    right = Scheduler._decode_row
+    right = Running.row
 
-    def one_too_high(self: Scheduler, running: Any) -> DecodeRow:
-        row = right(self, running)
+    def one_too_high(self: Running, owners: tuple[int, ...]) -> DecodeRow:
+        row = right(self, owners)
         return dataclasses.replace(row, position=row.position + 1)
 
-    monkeypatch.setattr(Scheduler, "_decode_row", one_too_high)
+    monkeypatch.setattr(Running, "row", one_too_high)
     prompt = list(range(100, 140))
     with ThreadCluster(checkpoint, 2) as cluster:
         answer = cluster.generate(prompt)

@@ -252,6 +252,24 @@ def test_interrupted_answer_goes_on_as_if_it_had_not_been(cluster: ThreadCluster
         worker._executor._sampler.forget(10**6)
 
 
+def test_a_batch_draws_what_each_draws_alone(cluster: ThreadCluster) -> None:
+    """Greedy rows are chosen together and others one by one, side by side in one step."""
+    asks = [
+        SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True),
+        SamplingParams(max_tokens=9, temperature=1.3, seed=5, ignore_eos=True),
+        SamplingParams(max_tokens=7, temperature=0.0, repetition_penalty=1.4, ignore_eos=True),
+        SamplingParams(max_tokens=5, temperature=0.0, logprobs=2, ignore_eos=True),
+        SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True),
+    ]
+    prompts = [[*range(number + 3, 40)] for number in range(len(asks))]
+    alone = [cluster.generate(prompt, params) for prompt, params in zip(prompts, asks, strict=True)]
+
+    begun = [cluster.add(prompt, params) for prompt, params in zip(prompts, asks, strict=True)]
+    cluster.run()
+
+    assert [generation.token_ids for generation in begun] == alone
+
+
 def test_released_sequences_are_forgotten(cluster: ThreadCluster) -> None:
     """Counts are as long as the vocabulary; they must not pile up."""
     for _ in range(3):

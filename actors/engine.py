@@ -1,0 +1,244 @@
+"""Requests under way: handed to the scheduler, driven step by step, told, and ended.
+
+Lives in the coordinator's event loop. What is decided is in `actors.scheduler`.
+"""
+
+import asyncio
+import functools
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+
+from actors.answer import Answer, step_record
+from actors.choice import Chooser
+from actors.errors import UnknownRequest
+from actors.messages import (
+    FinishReason,
+    Progress,
+    Request,
+    RequestDelta,
+    RequestOutput,
+    StepRecord,
+)
+from actors.ranks import Ranks
+from actors.requests import OpenRequest, RequestReader
+from actors.scheduler import Scheduler, Step
+from actors.trace import Tracer
+from models.errors import PromptError
+
+RECENT_S = 10.0  # over which rates of work are told
+
+
+class Engine:
+    """All requests of one cluster."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        scheduler: Scheduler,
+        chooser: Chooser,
+        reader: RequestReader,
+        tracer: Tracer,
+    ) -> None:
+        """Take what reads requests, what plans steps, and what executes them; then `run`."""
+        self.scheduler = scheduler
+        self._ranks = ranks
+        self._chooser = chooser
+        self._reader = reader
+        self._tracer = tracer
+        self._work = asyncio.Event()  # set where the scheduler may have something to do
+        self._requests: dict[str, OpenRequest] = {}
+        self._answers: dict[int, tuple[OpenRequest, Answer]] = {}  # by sequence, not complete
+        self._under_way: Step | None = None
+        self._failure: Exception | None = None  # that ended `run`
+        self._recent: deque[tuple[float, StepRecord]] = deque()  # with the moment of its end
+
+    async def generate(self, request: Request) -> RequestOutput:
+        """Answer a request, beside others."""
+        opened = self._open(request)
+        await asyncio.gather(*(answer.done for answer in opened.answers))
+        # In a thread: a long prompt's log-probabilities are millions of objects, and heartbeats
+        # must not wait for them.
+        return await asyncio.to_thread(self._reader.output, opened)
+
+    async def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
+        """Answer a request, piece by piece as its tokens come."""
+        opened = self._open(request)
+        opened.is_streamed = True
+        to_end = len(opened.answers)
+        while to_end:
+            news = await opened.news.get()
+            if isinstance(news, Exception):
+                raise news
+            to_end -= news.finish_reason is not None
+            yield news
+
+    def cancel(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """End a request with what it has.
+
+        Raises:
+            UnknownRequest: It is not waiting or running.
+        """
+        opened = self._requests.get(request_id)
+        if opened is None:
+            raise UnknownRequest(
+                f"no request {request_id!r} waits or runs: it has ended, or never was"
+            )
+        for answer in opened.answers:
+            if self.scheduler.cancel(answer.generation, reason):
+                self._complete(answer)
+        self._work.set()
+
+    async def progress(self, request_id: str | None = None) -> list[Progress]:
+        """Return how far the prefill of a request has come, or of all that are not decoding yet.
+
+        Raises:
+            UnknownRequest: It is not waiting or running.
+        """
+        if request_id is not None and request_id not in self._requests:
+            raise UnknownRequest(
+                f"no request {request_id!r} waits or runs: it has ended, or never was"
+            )
+        share = 0.0
+        if self._under_way is not None and self._under_way.plan.chunks:
+            share = await self._ranks.ask(0, "progress")
+        return [
+            self._progress(opened, share)
+            for opened in self._requests.values()
+            if opened.request.request_id == request_id
+            or (request_id is None and not opened.answers[0].generation.token_ids)
+        ]
+
+    def status(self) -> dict[str, Any]:
+        """Return counts and recent rates, for people and programs."""
+        scheduler = self.scheduler
+        now_s = time.perf_counter()
+        self._forget_old(now_s)
+        span_s = max(1e-3, now_s - self._recent[0][0]) if self._recent else RECENT_S
+        records = [record for _, record in self._recent]
+        return {
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            "requests": len(self._requests),
+            "steps": scheduler.num_steps,
+            "preemptions": scheduler.num_preemptions,
+            "kept_sequences": scheduler.cache.num_kept,
+            "kept_tokens": scheduler.cache.kept_tokens,
+            "pages": scheduler.cache.page_counts(),
+            "step_target_s": scheduler.limits.step_target_s,
+            "prefill_tokens_per_s": sum(r.prefill_tokens for r in records) / span_s,
+            "decode_tokens_per_s": sum(r.decode_tokens for r in records) / span_s,
+        }
+
+    async def run(self) -> None:
+        """Execute step after step while there is something to do, until a step fails."""
+        while True:
+            await self._work.wait()
+            try:
+                start_s = time.perf_counter()
+                step = self.scheduler.next_step()
+                if step is None:
+                    self._work.clear()
+                    continue
+                await self._execute(step, time.perf_counter() - start_s)
+            except Exception as error:  # whoever waits is told, and who comes later too
+                self._failure = error
+                for opened in self._requests.values():
+                    opened.fail(error)
+                return
+
+    def _open(self, request: Request) -> OpenRequest:
+        failure = self._ranks.failure or self._failure
+        if failure is not None:
+            raise failure
+        if request.request_id in self._requests:
+            raise PromptError(
+                f"request_id {request.request_id!r} is under way: give each request its own"
+            )
+        opened = self._reader.read(request)
+        begun: list[Answer] = []
+        try:
+            for answer in opened.answers:
+                self.scheduler.add(answer.generation)
+                begun.append(answer)
+        except Exception:
+            for answer in begun:
+                self.scheduler.cancel(answer.generation)
+            raise
+        self._requests[request.request_id] = opened
+        for answer in opened.answers:
+            self._answers[answer.generation.sequence_id] = opened, answer
+        if request.deadline_s is not None:
+            asyncio.get_running_loop().call_later(request.deadline_s, self._expire, opened)
+        self._work.set()
+        return opened
+
+    def _expire(self, opened: OpenRequest) -> None:
+        if self._requests.get(opened.request.request_id) is opened:
+            self.cancel(opened.request.request_id, "deadline")
+
+    async def _execute(self, step: Step, plan_s: float) -> None:
+        start_s = time.perf_counter()
+        about = [self._answers[each.sequence_id] for each in step.generations]
+        for _, answer in about:
+            answer.begin_s = answer.begin_s or start_s
+        # Prompts are put into the object store once, not once for every rank.
+        sent = ray.put(step.plan) if step.plan.chunks else step.plan
+        self._under_way = step
+        # No limit on a step as a whole: a dead or silent rank ends it through its heartbeat.
+        results = await self._ranks.call("execute", sent, timeout_s=None)
+        self._under_way = None
+        self.scheduler.advance(step, results)
+        end_s = time.perf_counter()
+        record = step_record(step, results, plan_s=plan_s, wall_s=end_s - start_s)
+        self._recent.append((end_s, record))
+        self._forget_old(end_s)
+        self._tracer.add(start_s, record, results)
+        for index, (opened, answer) in enumerate(about):
+            if answer.done.done():
+                continue  # cancelled meanwhile
+            part = step.plan.parts[index]
+            answer.take(record, part, [result.sequences[index] for result in results])
+            if answer.generation.finish_reason is not None:
+                self._complete(answer)
+            else:
+                opened.tell(answer)
+
+    def _complete(self, answer: Answer) -> None:
+        opened, _ = self._answers.pop(answer.generation.sequence_id)
+        opened.tell(answer)
+        answer.complete()
+        if all(each.done.done() for each in opened.answers):
+            del self._requests[opened.request.request_id]
+
+    def _progress(self, opened: OpenRequest, share: float) -> Progress:
+        """Say how far a prompt is; ``share`` is that of the step under way."""
+        answer = opened.answers[0]
+        generation = answer.generation
+        done, total = self.scheduler.progress(generation)
+        step = self._under_way
+        if step is not None and generation in step.generations[: len(step.plan.chunks)]:
+            chunk = step.plan.chunks[step.generations.index(generation)]
+            done = min(total, done + int(share * len(chunk.token_ids)))
+        opened.furthest = done = max(opened.furthest, done)
+        elapsed_s = time.perf_counter() - answer.begin_s if answer.begin_s else 0.0
+        reused = generation.num_cached_tokens if answer.begin_s else 0
+        work = functools.partial(self._chooser.prefill_work, reused)
+        left_s = None
+        if elapsed_s and work(done):
+            left_s = elapsed_s * (work(total) - work(done)) / work(done)
+        return Progress(
+            request_id=opened.request.request_id,
+            total_tokens=total,
+            done_tokens=done,
+            elapsed_s=elapsed_s,
+            tokens_per_s=(done - reused) / elapsed_s if elapsed_s else 0.0,
+            left_s=left_s,
+        )
+
+    def _forget_old(self, now_s: float) -> None:
+        while self._recent and self._recent[0][0] < now_s - RECENT_S:
+            self._recent.popleft()

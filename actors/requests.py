@@ -1,0 +1,162 @@
+"""From a request to the answers that are to be made of it, and from these to what a caller gets."""
+
+import asyncio
+import functools
+import itertools
+import secrets
+import time
+
+from actors.answer import Answer, joint_records
+from actors.detokenizer import AnswerText, Detokenizer
+from actors.draws import BadWords, bad_word_ids, check_params
+from actors.generation import Generation
+from actors.messages import (
+    Request,
+    RequestDelta,
+    RequestMetrics,
+    RequestOutput,
+    TokenIds,
+)
+from actors.prompt import prompt_ids
+from models.config import ModelConfig
+from models.draw import answer_seed
+from models.sampling import SamplingParams
+from models.tokenizer import Tokenizer
+
+
+class OpenRequest:
+    """A request under way. Lives in the coordinator's event loop."""
+
+    def __init__(self, request: Request, prompt: TokenIds, answers: list[Answer]) -> None:
+        """Take its answers, none of which has begun."""
+        self.request = request
+        self.prompt = prompt
+        self.answers = answers
+        self.arrival_s = time.perf_counter()
+        self.is_streamed = False
+        self.furthest = 0  # prompt tokens told to be computed: progress never goes back
+        self.news: asyncio.Queue[RequestDelta | Exception] = asyncio.Queue()
+
+    def tell(self, answer: Answer) -> None:
+        """Let a stream have what is new of an answer."""
+        if not self.is_streamed:
+            return
+        delta = answer.delta(self.request.request_id, self.answers.index(answer))
+        if delta is not None:
+            self.news.put_nowait(delta)
+
+    def fail(self, error: Exception) -> None:
+        """Tell whoever waits that there will be no answer."""
+        self.news.put_nowait(error)
+        for answer in self.answers:
+            answer.fail(error)
+
+    def metrics(self) -> RequestMetrics:
+        """Return the times of a complete request."""
+        now_s = time.perf_counter()
+        begin_s = min((a.begin_s for a in self.answers if a.begin_s), default=now_s)
+        first_s = min((a.first_token_s for a in self.answers if a.first_token_s), default=now_s)
+        return RequestMetrics(
+            queue_s=begin_s - self.arrival_s,
+            ttft_s=first_s - self.arrival_s,
+            total_s=now_s - self.arrival_s,
+        )
+
+
+class RequestReader:
+    """Reads requests for one model, and spells its answers."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: Tokenizer | None,
+        *,
+        max_model_len: int,
+        max_logprobs: int,
+    ) -> None:
+        """Take the model, and its tokenizer where its checkpoint has one."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._max_logprobs = max_logprobs
+        self._sequence_ids = itertools.count(1)
+
+    def read(self, request: Request) -> OpenRequest:
+        """Return a request's answers, none of which has begun.
+
+        Raises:
+            PromptError: The prompt is empty, too long or cannot be read.
+            SamplingError: A sampling parameter is not for this model.
+        """
+        prompt = prompt_ids(request, self._tokenizer, self._model.vocab_size, self._max_model_len)
+        params = request.params
+        bad_words = self._read_params(params)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        answers = [
+            self._answer(request, prompt, bad_words, answer_seed(seed, index), index)
+            for index in range(params.n)
+        ]
+        return OpenRequest(request, prompt, answers)
+
+    def output(self, opened: OpenRequest) -> RequestOutput:
+        """Return what a complete request has come to."""
+        spell = functools.cache(self._spell)
+        answers = opened.answers
+        return RequestOutput(
+            request_id=opened.request.request_id,
+            prompt=opened.request.text,
+            prompt_token_ids=tuple(opened.prompt.tolist()),
+            outputs=tuple(answer.completion(i, spell) for i, answer in enumerate(answers)),
+            num_cached_tokens=answers[0].generation.num_cached_tokens,
+            metrics=opened.metrics(),
+            steps=joint_records(answers),
+            prompt_logprobs=answers[0].prompt_logprobs(len(opened.prompt), spell),
+        )
+
+    def _read_params(self, params: SamplingParams) -> BadWords:
+        check_params(
+            params,
+            vocab_size=self._model.vocab_size,
+            max_logprobs=self._max_logprobs,
+            has_tokenizer=self._tokenizer is not None,
+        )
+        if self._tokenizer is None:
+            return ()
+        return bad_word_ids(params, self._tokenizer, self._model.vocab_size)
+
+    def _answer(
+        self, request: Request, prompt: TokenIds, bad_words: BadWords, seed: int, index: int
+    ) -> Answer:
+        text = self._answer_text(request.params, prompt)
+        generation = Generation(
+            sequence_id=next(self._sequence_ids),
+            prompt=prompt,
+            params=request.params,
+            seed=seed,
+            eos_ids=self._model.eos_token_ids,
+            max_model_len=self._max_model_len,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            bad_words=bad_words,
+            text=text,
+            wants_prompt_logprobs=index == 0,
+        )
+        return Answer(generation, text)
+
+    def _answer_text(self, params: SamplingParams, prompt: TokenIds) -> AnswerText | None:
+        if self._tokenizer is None:
+            return None
+        decode = functools.partial(
+            self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens
+        )
+        return AnswerText(
+            Detokenizer(decode, prompt),
+            stop=tuple(params.stop or ()),
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    def _spell(self, token_id: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
