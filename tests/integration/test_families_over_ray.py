@@ -9,11 +9,19 @@ from cluster import LLM, SamplingParams
 from tests.checkpoints import TINY, write_checkpoint
 from tests.oracle import assert_greedy
 
+EVERY_DAY = ("gpt2", "qwen3")  # threads run all of them every day
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
 
 @pytest.mark.usefixtures("shared_ray")
-@pytest.mark.parametrize("family", [family for family in TINY if family != "llama"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in EVERY_DAY else pytest.mark.campaign)
+        for family in TINY
+        if family != "llama"
+    ],
+)
 def test_greedy_tokens_equal_transformers(tmp_path: Path, family: str) -> None:
     """Two ranks, an odd prompt, 64 tokens. Llama is in test_llm.py."""
     checkpoint = write_checkpoint(tmp_path, family)
