@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -129,6 +129,7 @@ class Ours:
         keeps: bool = False,
         algorithm: str = "auto",
         decode_rides: bool = True,
+        chunked: bool = False,
     ) -> None:
         """Bring a cluster up.
 
@@ -142,10 +143,15 @@ class Ours:
             keeps: KV of earlier turns is reused.
             algorithm: ``ring.algorithm``.
             decode_rides: ``scheduler.decode_rides``.
+            chunked: Prompts are prefilled in chunks, as they are served; else each in one step,
+                whose price and parts can be compared.
         """
         self.name = name
         self._keeps = keeps
         self._context: list[int] = []
+        scheduler: dict[str, Any] = {"decode_rides": decode_rides}
+        if not chunked:
+            scheduler["step_target_s"] = 1e6
         self.llm = LLM(
             checkpoint,
             device="cpu",
@@ -154,7 +160,8 @@ class Ours:
             max_model_len=max_tokens,
             enable_prefix_caching=keeps,
             ring={"algorithm": algorithm},
-            scheduler={"decode_rides": decode_rides},
+            max_num_batched_tokens=8192 if chunked else max(8192, max_tokens),
+            scheduler=scheduler,
             profile={"directory": str(profile)},
         )
         self._pids = [worker.pid for worker in self.llm.info.workers]

@@ -54,6 +54,7 @@ def measure(
         threads=threads,
         max_tokens=max(options.long + 1, options.prompt + options.answer),
         profile=profile,
+        chunked=True,
     )
     people = [start(RIDES), start(TURNS, decode_rides=False)]
     with closing_all(people):

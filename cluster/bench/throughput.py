@@ -27,6 +27,7 @@ def measure(
         checkpoint=checkpoint,
         max_tokens=options.mixed_prompts[1] + options.mixed_answers[1],
         profile=profile,
+        chunked=True,
     )
     ours = [start("N=1, 2 threads", ranks=1, threads=2)]
     if options.ranks > 1:
