@@ -116,6 +116,35 @@ class PlanExecutor:
         positions_T = torch.cat(
             [own + chunk.start for chunk, own in zip(computed, indices, strict=True)]
         )
+        attention = self._prefill_attention(plan, computed, indices, keeps_all, timer)
+        kept = None if keeps_all else _last_rows(indices, samples)
+        if not decoded:
+            return self._decoder.forward(
+                ids_T.to(device), positions_T.to(device), attention, timer, keep_rows=kept
+            )
+        decoded_ids, decoded_positions, decode_attention = self._decode_inputs(
+            decoded, 0, {}, timer
+        )
+        num_rows = len(ids_T)
+        if kept is not None:
+            kept += range(num_rows, num_rows + len(decoded))
+        return self._decoder.forward(
+            torch.cat([ids_T, torch.tensor(decoded_ids)]).to(device),
+            torch.cat([positions_T, torch.tensor(decoded_positions)]).to(device),
+            MixedAttention(attention, decode_attention, len(decoded)),
+            timer,
+            keep_rows=kept,
+        )
+
+    def _prefill_attention(
+        self,
+        plan: Plan,
+        computed: Sequence[PrefillChunk],
+        indices: Sequence[Tensor],
+        keeps_all: bool,
+        timer: PartTimer,
+    ) -> PrefillAttention:
+        """Return the attention of the chunks that this rank computes; the sharded come first."""
         rows = [
             NewRows(
                 sequence_id=chunk.sequence_id,
@@ -140,7 +169,7 @@ class PlanExecutor:
         # The last layer goes round the ring only where all of its rows are wanted.
         self._rounds_done = 0
         self._rounds = max(1, (last_layer + keeps_all) * around_ring.num_rounds)
-        attention = PrefillAttention(
+        return PrefillAttention(
             rows[: len(sharded)],
             rows[len(sharded) :],
             self._pool,
@@ -148,24 +177,6 @@ class PlanExecutor:
             around_ring,
             timer,
             last_layer=None if keeps_all else last_layer,
-        )
-        kept = None if keeps_all else _last_rows(indices, samples)
-        if not decoded:
-            return self._decoder.forward(
-                ids_T.to(device), positions_T.to(device), attention, timer, keep_rows=kept
-            )
-        decoded_ids, decoded_positions, decode_attention = self._decode_inputs(
-            decoded, 0, {}, timer
-        )
-        num_rows = len(ids_T)
-        if kept is not None:
-            kept += range(num_rows, num_rows + len(decoded))
-        return self._decoder.forward(
-            torch.cat([ids_T, torch.tensor(decoded_ids)]).to(device),
-            torch.cat([positions_T, torch.tensor(decoded_positions)]).to(device),
-            MixedAttention(attention, decode_attention, len(decoded)),
-            timer,
-            keep_rows=kept,
         )
 
     def _sample_first(
