@@ -90,11 +90,11 @@ class Chooser:
         predicted_s = prices_s[algorithm] * self._correction(choice)
         return replace(choice, predicted_s=predicted_s)
 
-    def decode(self, rows_by_rank: Sequence[tuple[int, ...]]) -> float | None:
-        """Return the predicted seconds of one decode step; see `models.cost.price_decode`."""
+    def decode(self, rows_by_rank: Sequence[tuple[int, ...]], steps: int = 1) -> float | None:
+        """Return the predicted seconds of a burst; see `models.cost.price_decode`."""
         if self._rates is None:
             return None
-        return price_decode(rows_by_rank, self._model, self._rates).total_s
+        return price_decode(rows_by_rank, self._model, self._rates, steps=steps).total_s
 
     def riding(self, rows_by_rank: Sequence[tuple[int, ...]]) -> float | None:
         """Return what one decode step of these costs beside a prefill chunk.

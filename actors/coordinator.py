@@ -6,6 +6,7 @@ An async Ray actor runs this class.
 import asyncio
 import dataclasses
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from actors.choice import Chooser
 from actors.cluster_info import ClusterInfo, size_pool
 from actors.device_cache import DeviceCache
 from actors.engine import Engine
-from actors.messages import Progress, Request, RequestDelta, RequestOutput, WorkerSpec
+from actors.messages import Plan, Progress, Request, RequestDelta, RequestOutput, WorkerSpec
 from actors.placement import Place, place
 from actors.profile_file import ProfileFacts, ProfileFile, host_numbers
 from actors.ranks import Ranks
@@ -29,6 +30,8 @@ from configs import Config
 from models.config import ModelConfig, check_max_model_len, read_model_config
 from models.rates import ModelShape, Rates, model_shape
 from models.tokenizer import Tokenizer
+
+EMPTY_PLANS = 12  # by which the time is measured that handing out a plan takes
 
 
 class Coordinator:
@@ -165,9 +168,21 @@ class Coordinator:
         rates = None if config.profile.refresh else await asyncio.to_thread(file.load)
         if rates is None:
             measured = await self._ranks.call("profile", timeout_s=config.ray.start_timeout_s)
-            rates = measured[0]
+            rates = dataclasses.replace(measured[0], dispatch_s=await self._dispatch_s())
             await asyncio.to_thread(file.save, rates)
         return rates
+
+    async def _dispatch_s(self) -> float:
+        """Return what an empty plan takes: to all ranks and back, the lower quartile of some."""
+        runs_s = []
+        for _ in range(EMPTY_PLANS):
+            start_s = time.perf_counter()
+            plan = Plan(number=0, cache_ops=(), ended=(), chunks=(), rows=(), algorithm="pass_kv")
+            await self._ranks.call(
+                "execute", ray.put(plan), timeout_s=self._config.ray.start_timeout_s
+            )
+            runs_s.append(time.perf_counter() - start_s)
+        return sorted(runs_s)[EMPTY_PLANS // 4]
 
     def _shape(self) -> ModelShape:
         return model_shape(self._model, DTYPES[self._info.workers[0].dtype].itemsize)

@@ -19,7 +19,7 @@ import torch
 
 from models.rates import ModelShape, Rates
 
-FORMAT = 1  # of the file, and of what is measured how; a change of either makes old files stale
+FORMAT = 2  # of the file, and of what is measured how; a change of either makes old files stale
 _RING = "ring"  # the section of `Rates`
 _CPU_INFO = Path("/proc/cpuinfo")
 

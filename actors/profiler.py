@@ -5,7 +5,9 @@ beside computation, as in a step: on CPU the ranks of a host and gloo's threads
 share its cores and its memory, and a rate measured alone would promise too much.
 """
 
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -23,7 +25,8 @@ KiB, MiB = 2**10, 2**20
 # would take longer than LONGEST_RUN_S.
 SIZES = (1, 16, 64, 256, 1024, 2048, 4096, 16384)
 LONGEST_RUN_S = 0.25
-KEYS = 1024  # that queries attend to
+KEYS = 2048  # of each layer, that queries attend to
+JITTER_RUNS = 16
 REPEATS = 5
 SLOW_S = 0.05  # what takes longer is repeated less
 FEW_REPEATS = 2
@@ -55,8 +58,10 @@ class _Profile:
         self._device = decoder.device
         self._clock = _Clock(ring, decoder.device)
         self._ring = ring
+        # As in a step, each layer has keys of its own: no cache holds those of the last run.
+        num_layers = min(self._config.num_layers, MANY_LAYERS)
         self._pool = PagePool(
-            num_layers=1,
+            num_layers=num_layers,
             num_pages=-(-KEYS // page_tokens),
             page_tokens=page_tokens,
             num_kv_heads=self._config.num_kv_heads,
@@ -65,8 +70,10 @@ class _Profile:
             device=self._device,
         )
         self._pool.table.grow(0, [(0, KEYS)])
-        self._kv_SJD = self._kv(KEYS)
-        self._pool.store(0, 0, 0, self._kv_SJD)
+        self._layer = itertools.cycle(range(num_layers))
+        self._kv_LSJD = [self._kv(KEYS) for _ in range(num_layers)]
+        for layer, kv_SJD in enumerate(self._kv_LSJD):
+            self._pool.store(layer, 0, 0, kv_SJD)
 
     def rates(self) -> Rates:
         """Measure everything."""
@@ -89,12 +96,13 @@ class _Profile:
             ),
             call_s=call_s,
             merge=self._curve(self._merge_s, SIZES[1:5]),
-            store=self._copying(lambda rows: self._pool.store(0, 0, 0, self._kv_SJD[:rows])),
-            gather=self._copying(lambda rows: self._kv_SJD.transpose(0, 1)[:, :rows].contiguous()),
+            store=self._copying(lambda layer, kv_SJD: self._pool.store(layer, 0, 0, kv_SJD)),
+            gather=self._copying(self._gather),
             hop=hop,
             returns=hop,
             collective=collective,
             overlap=overlap,
+            jitter=self._jitter(),
             step_s=self._step_s(),
         )
 
@@ -150,10 +158,14 @@ class _Profile:
         return run_s / tokens
 
     def _attend(self, queries: int, keys: int) -> None:
-        attend(self._q(queries), *self._kv_SJD[:keys].chunk(2, dim=1))
+        kv_SJD = self._kv_LSJD[next(self._layer)]
+        attend(self._q(queries), *kv_SJD[:keys].chunk(2, dim=1))
 
     def _attend_pages(self, queries: int) -> None:
-        self._pool.rows(0, 0, KEYS).attend(self._q(queries))
+        self._pool.rows(next(self._layer), 0, KEYS).attend(self._q(queries))
+
+    def _gather(self, layer: int, kv_SJD: Tensor) -> None:
+        self._pool.rows(layer, 0, KEYS).copy_into(0, torch.empty_like(kv_SJD))
 
     def _merge_s(self, rows: int) -> float:
         out_THD = torch.zeros(self._q(rows).shape, device=self._device)
@@ -161,11 +173,16 @@ class _Profile:
         part_THD, part_lse_TH = out_THD.clone(), lse_TH.clone()
         return self._clock.seconds(lambda: merge_into(out_THD, lse_TH, part_THD, part_lse_TH))
 
-    def _copying(self, copy: Callable[[int], object]) -> Affine:
-        """Return the law of copying rows of keys and values."""
-        one_s = self._clock.seconds(lambda: copy(1))
-        all_s = self._clock.seconds(lambda: copy(KEYS))
-        return _affine(one_s, all_s, self._kv_SJD[1:].numel() * self._kv_SJD.element_size())
+    def _copying(self, copy: Callable[[int, Tensor], object]) -> Affine:
+        """Return the law of copying a layer's rows of keys and values."""
+
+        def copy_rows(count: int) -> None:
+            layer = next(self._layer)
+            copy(layer, self._kv_LSJD[layer][:count])
+
+        one_s = self._clock.seconds(lambda: copy_rows(1))
+        all_s = self._clock.seconds(lambda: copy_rows(KEYS))
+        return _affine(one_s, all_s, self._kv_LSJD[0][1:].nbytes)
 
     def _law(self, send: Callable[[Tensor], object], large_bytes: int = LARGE_BYTES) -> Affine:
         """Return the law of something that all ranks send at once."""
@@ -187,6 +204,15 @@ class _Profile:
         both_s = self._clock.collective_s(lambda: self._exchange(message, compute))
         shared_s = both_s - max(hop_s, compute_s)
         return min(max(shared_s / min(hop_s, compute_s), 0.0), 1.0)
+
+    def _jitter(self) -> float:
+        """By how much the slowest rank is later than the mean, where all do the same."""
+        runs_s = [
+            self._clock.of_all(lambda: self._attend(256, KEYS))
+            for _ in range(JITTER_RUNS if self._ring.size > 1 else 1)
+        ]
+        mean_s = sum(map(statistics.fmean, runs_s))
+        return sum(map(max, runs_s)) / mean_s - 1
 
     def _exchange(self, message: Tensor, compute: Callable[[], object]) -> None:
         pending = self._ring.exchange(message, torch.empty_like(message))
@@ -251,11 +277,24 @@ class _Clock:
             runs_s.append(timed())
         return self._slowest(sorted(runs_s)[(repeats - 1) // 4])
 
+    def of_all(self, run: Callable[[], object]) -> list[float]:
+        """Return the seconds of one run on every rank; all begin together."""
+        self._slowest(0.0)
+        self._synchronize()
+        start_s = time.perf_counter()
+        run()
+        self._synchronize()
+        return self._gathered(time.perf_counter() - start_s)
+
     def _slowest(self, seconds: float) -> float:
+        return max(self._gathered(seconds))
+
+    def _gathered(self, seconds: float) -> list[float]:
         if self._ring.size == 1:
-            return seconds
+            return [seconds]
         mine = torch.tensor([seconds], dtype=torch.float64).to(self._device)
-        return float(self._ring.all_gather(mine).max())
+        gathered: list[float] = self._ring.all_gather(mine).flatten().tolist()
+        return gathered
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

@@ -10,6 +10,7 @@ pages, the newest makes way: it waits again, and goes on from its tokens.
 """
 
 import itertools
+import math
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -246,10 +247,12 @@ class Scheduler:
 
     def _burst(self, decoding: list[Running]) -> Step | None:
         """Return a burst of decode steps of all answers, near the target in length."""
-        step_s = self._chooser.decode(self._rows_of(decoding))
+        rows_of = self._rows_of(decoding)
+        first_s, second_s = (self._chooser.decode(rows_of, count) for count in (1, 2))
         steps = self.limits.burst_steps
-        if step_s:
-            steps = max(1, min(steps, int(min(self.limits.step_target_s / step_s, steps))))
+        if first_s is not None and second_s is not None and second_s > first_s:
+            more = (self.limits.step_target_s - first_s) / (second_s - first_s)
+            steps = 1 + max(0, min(steps - 1, math.floor(min(more, steps))))
         rows, riders = self._decode_rows(decoding, steps)
         return self._step((), (), rows, riders) if rows else None
 
@@ -360,8 +363,7 @@ class Scheduler:
     ) -> float | None:
         rows_of = self._rows_of(riders)
         if choice is None:
-            step_s = self._chooser.decode(rows_of)
-            return step_s and step_s * max(len(row.owners) for row in rows)
+            return self._chooser.decode(rows_of, max(len(row.owners) for row in rows))
         riding_s = self._chooser.riding(rows_of)
         return choice.predicted_s and choice.predicted_s + (riding_s or 0.0)
 

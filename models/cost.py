@@ -9,6 +9,8 @@ attention is computed and the next part has arrived from rank k - 1:
     done[k][j] = max(done[k][j-1] + attention, max(done[k][j-1], done[k-1][j-1]) + transfer)
 
 plus the share of the transfer that competes with computation (`Rates.overlap`).
+Ranks are not equally fast in every round (`Rates.jitter`): pass-Q waits for the
+slowest one at the end of every layer, pass-KV only where the next part is late.
 So uneven cached shares cost what they cost: pass-KV carries every share past
 every rank, and pass-Q waits N times for the fullest one.
 """
@@ -86,7 +88,8 @@ def price_prefill(
     step = _Step(algorithm, sequences, model, rates, num_ranks, streamed_returns)
     layers = _times(model.num_layers - (not all_rows), step.full_layer())
     last_layer = {} if all_rows else step.last_layer()
-    return Price(parts_s=_sum(layers, last_layer, {"fixed": rates.step_s}))
+    fixed_s = rates.dispatch_s + rates.step_s
+    return Price(parts_s=_sum(layers, last_layer, {"fixed": fixed_s}))
 
 
 def price_whole(sequence: SequenceShape, model: ModelShape, rates: Rates) -> Price:
@@ -100,7 +103,7 @@ def price_whole(sequence: SequenceShape, model: ModelShape, rates: Rates) -> Pri
 def price_decode(
     rows_by_rank: Sequence[tuple[int, ...]], model: ModelShape, rates: Rates, *, steps: int = 1
 ) -> Price:
-    """Return the price of decode steps for a batch: for each sequence, the rows on each rank.
+    """Return the price of a burst of decode steps: for each sequence, the rows on each rank.
 
     A sequence on one rank, ``(rows,)``, exchanges nothing. Rows that the steps
     themselves add are not counted.
@@ -110,7 +113,8 @@ def price_decode(
     rest = {"fixed": rates.step_s}
     if num_ranks > 1:
         rest["exchange"] = rates.collective(_TOKEN_BYTES * batch)
-    return Price(parts_s=_times(steps, _sum(_times(model.num_layers, layer), rest)))
+    parts_s = _times(steps, _sum(_times(model.num_layers, layer), rest))
+    return Price(parts_s=_sum(parts_s, {"fixed": rates.dispatch_s}))
 
 
 def _to_all_rows(rows_by_rank: Sequence[tuple[int, ...]], model: ModelShape, rates: Rates) -> Parts:
@@ -165,7 +169,7 @@ class _Step:
     def full_layer(self) -> Parts:
         """A layer in which every token's query is wanted."""
         parts = {"gemm": self._rates.linear(self._fullest), "store": self._store_s()}
-        return parts | self._attention()
+        return parts | self._attention(parts["gemm"])
 
     def last_layer(self) -> Parts:
         """Keys and values of all tokens; of each sequence one query, which goes to all ranks."""
@@ -187,13 +191,27 @@ class _Step:
     def _store_s(self) -> float:
         return self._rates.store(self._fullest * self._model.kv_bytes_per_token)
 
-    def _attention(self) -> Parts:
+    def _attention(self, gemm_s: float) -> Parts:
         attention, merge = self._rounds()
         end_s, busy_s = self._run_rounds(attention, merge)
         sums = [(sum(a), sum(m)) for a, m in zip(attention, merge, strict=True)]
         slowest = max(range(self._num_ranks), key=lambda rank: sum(sums[rank]))
         parts = {"attention": sums[slowest][0], "merge": sums[slowest][1]}
-        return parts | {"exchange": busy_s + end_s - sum(sums[slowest])}
+        exchange_s = busy_s + end_s - sum(sums[slowest])
+        return parts | {"exchange": exchange_s + self._late_s(gemm_s, attention)}
+
+    def _late_s(self, gemm_s: float, attention: list[list[float]]) -> float:
+        """What a layer waits for ranks that are late by chance.
+
+        Pass-Q ends with partials from all others. In pass-KV a neighbour's part is
+        late only if the neighbour is later than the own keys take.
+        """
+        if not self._around:
+            return 0.0
+        late_s = self._rates.jitter * (gemm_s + max(map(sum, attention)))
+        if self._passes_q:
+            return late_s
+        return max(0.0, late_s - min(rounds[0] for rounds in attention))
 
     def _rounds(self) -> tuple[list[list[float]], list[list[float]]]:
         """Return the seconds of attention and of merges, ``[rank][round]``."""

@@ -158,10 +158,12 @@ class Rates:
     collective: Affine  # all_gather; the bytes of one rank's part
     overlap: float  # share of a transfer that costs time though computation could hide it, 0 to 1
     round_s: float = 0.0  # further cost of a round with another rank's part; it hides nothing
+    jitter: float = 0.0  # share of its work by which the slowest rank is later than the mean
     step_s: float = 0.0  # of a step outside the layers: embedding, logits, sampling
+    dispatch_s: float = 0.0  # of a plan: to all ranks, and their results back
 
     def __post_init__(self) -> None:
-        values = (self.call_s, self.round_s, self.step_s)
+        values = (self.call_s, self.round_s, self.jitter, self.step_s, self.dispatch_s)
         if not all(0 <= value < math.inf for value in values) or not 0 <= self.overlap <= 1:
             raise ValueError(f"rates must be finite and >= 0, overlap at most 1: {self}")
 
@@ -214,10 +216,3 @@ def _read_curve(value: Any) -> Curve:
     ):
         raise ValueError(f"not the points of a curve: {value!r}")
     return Curve(tuple((_read_number(x), _read_number(y)) for x, y in points))
-
-
-_READERS: dict[Any, Callable[[Any], Any]] = {
-    Curve: _read_curve,
-    Affine: _read_affine,
-    float: _read_number,
-}

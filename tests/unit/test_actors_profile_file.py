@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from actors.profile_file import (
+    FORMAT,
     ProfileFacts,
     ProfileFile,
     default_directory,
@@ -94,7 +95,7 @@ def test_sections_live_side_by_side(file: ProfileFile) -> None:
 
     assert file.section("link") == {"bytes_per_s": 3e9}
     assert file.load() == CPU
-    assert json.loads(file.path.read_text())["format"] == 1
+    assert json.loads(file.path.read_text())["format"] == FORMAT
 
 
 def test_a_directory_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

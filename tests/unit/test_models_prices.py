@@ -1,6 +1,7 @@
 """Prices of any ring: more work never costs less, and rates survive a file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -121,9 +122,22 @@ def test_decode_on_one_rank_exchanges_nothing() -> None:
         )
         assert "exchange" not in whole.parts_s
         assert (whole.total_s < sharded.total_s) == whole_is_cheaper
-    assert price_decode([(64,)], TINY, CPU, steps=5).total_s == pytest.approx(
-        5 * price_decode([(64,)], TINY, CPU).total_s
+    handed_out = replace(CPU, dispatch_s=7e-3)
+    assert price_decode([(64,)], TINY, handed_out, steps=5).total_s == pytest.approx(
+        7e-3 + 5 * price_decode([(64,)], TINY, CPU).total_s
     )
+
+
+def test_ranks_that_are_late_by_chance_delay_pass_q() -> None:
+    """It waits for all of them at the end of a layer; pass-KV has its own keys to compute."""
+    uneven = replace(CPU, jitter=0.05)
+    sequence = SequenceShape(new_tokens=2000, cached_rows=(1000, 1000))
+    for algorithm, is_delayed in (("pass_kv", False), ("pass_q", True)):
+        even, late = (
+            price_prefill(algorithm, [sequence], TINY, rates, 2).parts_s["exchange"]
+            for rates in (CPU, uneven)
+        )
+        assert (late > even) == is_delayed
 
 
 def test_last_layer_is_cheaper_unless_all_rows_are_wanted() -> None:
