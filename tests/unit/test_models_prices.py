@@ -132,7 +132,8 @@ def test_ranks_that_are_late_by_chance_delay_pass_q() -> None:
     """It waits for all of them at the end of a layer; pass-KV has its own keys to compute."""
     uneven = replace(CPU, jitter=0.05)
     sequence = SequenceShape(new_tokens=2000, cached_rows=(1000, 1000))
-    for algorithm, is_delayed in (("pass_kv", False), ("pass_q", True)):
+    delayed: dict[Algorithm, bool] = {"pass_kv": False, "pass_q": True}
+    for algorithm, is_delayed in delayed.items():
         even, late = (
             price_prefill(algorithm, [sequence], TINY, rates, 2).parts_s["exchange"]
             for rates in (CPU, uneven)
