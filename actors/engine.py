@@ -8,6 +8,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,6 +23,7 @@ from actors.messages import (
     RequestDelta,
     RequestOutput,
     StepRecord,
+    StepResult,
 )
 from actors.ranks import Ranks
 from actors.requests import OpenRequest, RequestReader
@@ -30,6 +32,21 @@ from actors.trace import Tracer
 from models.errors import PromptError
 
 RECENT_S = 10.0  # over which rates of work are told
+# A burst is followed by the next without a pause: it is handed out so long before the end of the
+# one under way, of whose predicted time this share is believed.
+LEAD_S = 0.015
+BELIEVED = 0.8
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A step that the ranks execute, or will next."""
+
+    step: Step
+    about: list[tuple[OpenRequest, Answer]]
+    plan_s: float
+    start_s: float
+    results: asyncio.Task[list[StepResult]]
 
 
 class Engine:
@@ -181,23 +198,58 @@ class Engine:
             self.cancel(opened.request.request_id, "deadline")
 
     async def _execute(self, step: Step, plan_s: float) -> None:
+        """Execute a step, and the bursts that follow it without a pause."""
+        call: _Call | None = self._hand_out(step, plan_s)
+        begun_s = 0.0
+        while call is not None:
+            self._under_way = call.step
+            following = None
+            try:
+                following = await self._follow(call)
+                # No limit on a step as a whole: a dead or silent rank ends it by its heartbeat.
+                results = await call.results
+            except BaseException:
+                call.results.cancel()
+                if following is not None:
+                    following.results.cancel()
+                raise
+            self._under_way = None
+            begun_s = max(begun_s, call.start_s)
+            begun_s, call = self._take(call, results, begun_s), following
+
+    async def _follow(self, call: _Call) -> _Call | None:
+        """Hand out the burst that follows a step, shortly before it ends, if there is one."""
+        if call.step.plan.chunks or call.step.predicted_s is None:
+            return None
+        left_s = BELIEVED * call.step.predicted_s - LEAD_S
+        await asyncio.wait({call.results}, timeout=max(0.0, left_s))
+        if call.results.done():
+            return None
+        start_s = time.perf_counter()
+        step = self.scheduler.following_burst(call.step)
+        return None if step is None else self._hand_out(step, time.perf_counter() - start_s)
+
+    def _hand_out(self, step: Step, plan_s: float) -> _Call:
+        """Send a step's plan to all ranks."""
         start_s = time.perf_counter()
         about = [self._answers[each.sequence_id] for each in step.generations]
         for _, answer in about:
             answer.begin_s = answer.begin_s or start_s
         # Prompts are put into the object store once, not once for every rank.
         sent = ray.put(step.plan) if step.plan.chunks else step.plan
-        self._under_way = step
-        # No limit on a step as a whole: a dead or silent rank ends it through its heartbeat.
-        results = await self._ranks.call("execute", sent, timeout_s=None)
-        self._under_way = None
+        results = asyncio.create_task(self._ranks.call("execute", sent, timeout_s=None))
+        return _Call(step, about, plan_s, start_s, results)
+
+    def _take(self, call: _Call, results: list[StepResult], begun_s: float) -> float:
+        """Take the results of a step that began when the one before it had ended; return when."""
+        step = call.step
         self.scheduler.advance(step, results)
         end_s = time.perf_counter()
-        record = step_record(step, results, plan_s=plan_s, wall_s=end_s - start_s)
+        record = step_record(step, results, plan_s=call.plan_s, wall_s=end_s - begun_s)
         self._recent.append((end_s, record))
         self._forget_old(end_s)
-        self._tracer.add(start_s, record, results)
-        for index, (opened, answer) in enumerate(about):
+        self._tracer.add(begun_s, record, results)
+        for index, (opened, answer) in enumerate(call.about):
             if answer.done.done():
                 continue  # cancelled meanwhile
             part = step.plan.parts[index]
@@ -206,6 +258,7 @@ class Engine:
                 self._complete(answer)
             else:
                 opened.tell(answer)
+        return end_s
 
     def _complete(self, answer: Answer) -> None:
         opened, _ = self._answers.pop(answer.generation.sequence_id)

@@ -1,6 +1,7 @@
 """One rank's part of a plan: which rows it computes, and what it samples."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class PlanExecutor:
         self._sampler = Sampler(decoder.config.vocab_size, decoder.device)
         self._rounds_done = 0
         self._rounds = 1
+        # By sequence, what the last burst chose last: rows of the next one may go on from it.
+        self._carried: dict[int, Choice] = {}
 
     @property
     def progress(self) -> float:
@@ -221,7 +224,8 @@ class PlanExecutor:
     def _burst(self, rows: Sequence[DecodeRow], timer: PartTimer) -> tuple[SequenceResult, ...]:
         """Decode step after step; a row leaves at a stop id, or where its steps are over."""
         token_ids: dict[int, list[int]] = {row.sequence_id: [] for row in rows}
-        active = self._own_rows(rows)
+        active = self._go_on(self._own_rows(rows))
+        self._carried = {}
         for step in range(max((len(row.owners) for row in rows), default=0)):
             active = [row for row in active if step < len(row.owners)]
             if not active:
@@ -234,8 +238,9 @@ class PlanExecutor:
                 timer,
             )
             choices = self._choose(hidden_BE, active, step, timer)
-            for row, (token_id, _) in zip(active, choices, strict=True):
-                token_ids[row.sequence_id].append(token_id)
+            for row, choice in zip(active, choices, strict=True):
+                token_ids[row.sequence_id].append(choice[0])
+                self._carried[row.sequence_id] = choice
             active = [row for row, (_, stop) in zip(active, choices, strict=True) if not stop]
         return tuple(
             SequenceResult(
@@ -244,6 +249,18 @@ class PlanExecutor:
             )
             for row in rows
         )
+
+    def _go_on(self, rows: Sequence[DecodeRow]) -> list[DecodeRow]:
+        """Return rows with their last tokens, without those that the last burst has stopped."""
+        going_on = []
+        for row in rows:
+            if row.token_id is None:
+                token_id, stop = self._carried[row.sequence_id]
+                if stop:
+                    continue
+                row = replace(row, token_id=token_id)
+            going_on.append(row)
+        return going_on
 
     def _decode_inputs(
         self,
@@ -268,7 +285,10 @@ class PlanExecutor:
         attention = DecodeAttention(
             new_rows[:num_sharded], new_rows[num_sharded:], self._pool, self.ring, timer
         )
-        ids = [(row.token_id, *token_ids.get(row.sequence_id, ()))[-1] for row in rows]
+        ids = []
+        for row in rows:
+            assert row.token_id is not None
+            ids.append((row.token_id, *token_ids.get(row.sequence_id, ()))[-1])
         return ids, [row.position + step for row in rows], attention
 
     def _choose(

@@ -111,7 +111,7 @@ class DecodeRow:
     """One sequence of a burst of decode steps; it leaves the burst at a stop id."""
 
     sequence_id: int
-    token_id: int  # the last token, not computed yet
+    token_id: int | None  # the last one, not computed yet; None: that of the plan before this one
     position: int  # its position
     index: int  # of the first token to be sampled, within the answer
     owners: tuple[int, ...]  # the rank that keeps the KV, for each step of the burst

@@ -61,14 +61,14 @@ class Running:
             next_token_id=None if is_last else int(self.context[end]),
         )
 
-    def row(self, owners: tuple[int, ...]) -> DecodeRow:
-        """Return the decode row whose steps' KV these ranks keep."""
+    def row(self, owners: tuple[int, ...], ahead: int = 0) -> DecodeRow:
+        """Return the decode row whose steps' KV these ranks keep, ``ahead`` steps from now."""
         generation = self.generation
         return DecodeRow(
             sequence_id=self.sequence_id,
-            token_id=generation.token_ids[-1],
-            position=self.computed,
-            index=len(generation.token_ids),
+            token_id=None if ahead else generation.token_ids[-1],
+            position=self.computed + ahead,
+            index=len(generation.token_ids) + ahead,
             owners=owners,
             home=self.home,
             sampling_rank=self.sampling_rank,

@@ -12,7 +12,7 @@ pages, the newest makes way: it waits again, and goes on from its tokens.
 import itertools
 import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.admission import Admission, Place
@@ -137,6 +137,30 @@ class Scheduler:
         self.num_steps += step is not None
         return step
 
+    def following_burst(self, step: Step) -> Step | None:
+        """Return the burst that follows one whose results are not there yet, or None.
+
+        Its rows go on from tokens that only the ranks know; those that stop in the first
+        burst have none in the second. Where anything else is to be done there is none:
+        call `advance` and `next_step`.
+        """
+        if step.plan.chunks or self._waiting or any(r.remaining for r in self._running.values()):
+            return None
+        ahead = {row.sequence_id: len(row.owners) for row in step.plan.rows}
+        decoding = [
+            running
+            for running in self._running.values()
+            if running.generation.tokens_to_come > ahead.get(running.sequence_id, math.inf)
+        ]
+        if len(decoding) < len(self._running) or not decoding:
+            return None  # an answer ends: those that wait to share it, or its pages, may begin
+        steps = self._burst_steps(decoding)
+        rows, riders = self._decode_rows(decoding, steps, ahead)
+        if not rows:
+            return None
+        self.num_steps += 1
+        return self._step((), (), rows, riders)
+
     def advance(self, step: Step, results: Sequence[StepResult]) -> list[Generation]:
         """Take what the ranks made of a step; return the answers that it completed."""
         if step.choice is not None and not step.plan.rows:
@@ -247,35 +271,49 @@ class Scheduler:
 
     def _burst(self, decoding: list[Running]) -> Step | None:
         """Return a burst of decode steps of all answers, near the target in length."""
+        rows, riders = self._decode_rows(decoding, self._burst_steps(decoding))
+        return self._step((), (), rows, riders) if rows else None
+
+    def _burst_steps(self, decoding: list[Running]) -> int:
+        """Return how many steps a burst has, so that it is near the target in length."""
         rows_of = self._rows_of(decoding)
         first_s, second_s = (self._chooser.decode(rows_of, count) for count in (1, 2))
         steps = self.limits.burst_steps
         if first_s is not None and second_s is not None and second_s > first_s:
             more = (self.limits.step_target_s - first_s) / (second_s - first_s)
             steps = 1 + max(0, min(steps - 1, math.floor(min(more, steps))))
-        rows, riders = self._decode_rows(decoding, steps)
-        return self._step((), (), rows, riders) if rows else None
+        return steps
 
     def _decode_rows(
-        self, decoding: list[Running], most_steps: int
+        self,
+        decoding: list[Running],
+        most_steps: int,
+        ahead_of: Mapping[int, int] | None = None,
     ) -> tuple[list[DecodeRow], list[Running]]:
-        """Return a row of each answer that finds room, and these answers."""
+        """Return a row of each answer that finds room, and these answers.
+
+        ``ahead_of`` are the steps of each that are under way; then nobody is preempted.
+        """
         rows: list[DecodeRow] = []
         riders: list[Running] = []
         for running in decoding:
+            ahead = (ahead_of or {}).get(running.sequence_id, 0)
+            position = running.computed + ahead
+            most = min(most_steps, running.generation.tokens_to_come - ahead)
             # Fewer steps are better than a preemption.
-            for steps in sorted({min(most_steps, running.generation.tokens_to_come), 1})[::-1]:
+            for steps in sorted({most, 1})[::-1]:
                 if running.sequence_id not in self._running:
                     break  # preempted by an older one
                 owners, state = running.owners(
                     steps,
-                    self.cache.rows(running.sequence_id, running.computed),
+                    self.cache.rows(running.sequence_id, position),
                     self.limits.decode_block_tokens,
                 )
-                spans = owned_spans(running.computed, owners, self.cache.num_ranks)
-                if self._grow(running, spans, riders if steps == 1 else None):
+                spans = owned_spans(position, owners, self.cache.num_ranks)
+                may_preempt = steps == 1 and ahead_of is None
+                if self._grow(running, spans, riders if may_preempt else None):
                     running.owner, running.decoded = state
-                    rows.append(running.row(owners))
+                    rows.append(running.row(owners, ahead))
                     riders.append(running)
                     break
         return rows, riders

@@ -1,6 +1,6 @@
 """Ranks that compute nothing: they sample what a test says, as real ones would report it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from actors.choice import Chooser
@@ -47,10 +47,18 @@ def make_scheduler(
     return Scheduler(cache, chooser or Chooser("pass_kv", SHAPE, None, num_ranks), limits)
 
 
-def run_step(scheduler: Scheduler, step: Step, next_token: NextToken) -> None:
-    """Hand the scheduler what ranks would report of a step."""
+def run_step(
+    scheduler: Scheduler, step: Step, next_token: NextToken, stopped: Collection[int] = ()
+) -> set[int]:
+    """Hand the scheduler what ranks would report of a step.
+
+    ``stopped`` are the sequences that stopped in the burst before, if this one was planned
+    before its results were there; those that stop in this one are returned.
+    """
     sequences = tuple(
-        _sample(part, generation.sequence_id, next_token)
+        SequenceResult(token_ids=())
+        if isinstance(part, DecodeRow) and part.token_id is None and part.sequence_id in stopped
+        else _sample(part, generation.sequence_id, next_token)
         for part, generation in zip(step.plan.parts, step.generations, strict=True)
     )
     results = [
@@ -59,6 +67,11 @@ def run_step(scheduler: Scheduler, step: Step, next_token: NextToken) -> None:
     ]
     scheduler.advance(step, results)
     scheduler.cache.check_invariants()
+    return {
+        part.sequence_id
+        for part, sequence in zip(step.plan.parts, sequences, strict=True)
+        if part.draw is not None and set(sequence.token_ids) & set(part.draw.stop_ids)
+    }
 
 
 def run_all(scheduler: Scheduler, next_token: NextToken) -> list[Plan]:

@@ -45,13 +45,16 @@ class ThreadCluster:
         rates: Rates | None = None,
         shares: bool = False,
         piece_bytes: int = 64 * MiB,
+        follows: bool = False,
         **settings: Any,
     ) -> None:
         """Bring the ranks up; on CUDA all of them share the first GPU.
 
         Without ``shares`` every prompt is computed anew, as a single request would be.
+        With ``follows`` bursts are handed out before the results of those before are told.
         ``settings`` are those of `Limits`.
         """
+        self.follows = follows
         self.config = read_model_config(checkpoint)
         self.num_ranks = num_ranks
         self._sequences = 0
@@ -144,13 +147,16 @@ class ThreadCluster:
             step = self.scheduler.next_step()
             if step is None:
                 break
-            results = self.execute(step.plan)
-            for index in range(len(step.generations)):
-                # Of the ranks that know what was sampled, all must know the same.
-                known = {result.sequences[index].token_ids for result in results} - {()}
-                assert len(known) <= 1
-            self.scheduler.advance(step, results)
-            done.append((step, results))
+            while step is not None:
+                results = self.execute(step.plan)
+                for index in range(len(step.generations)):
+                    # Of the ranks that know what was sampled, all must know the same.
+                    known = {result.sequences[index].token_ids for result in results} - {()}
+                    assert len(known) <= 1
+                following = self.scheduler.following_burst(step) if self.follows else None
+                self.scheduler.advance(step, results)
+                done.append((step, results))
+                step = following
         return done
 
     def check_invariants(self) -> None:

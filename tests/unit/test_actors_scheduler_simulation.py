@@ -27,6 +27,7 @@ class Arrival:
     shares: bool  # its beginning with others
     priority: int
     cancel_after: int | None  # steps
+    stops_at: int | None = None  # the index of a token that ends the answer
 
 
 arrivals = st.builds(
@@ -37,6 +38,7 @@ arrivals = st.builds(
     shares=st.booleans(),
     priority=st.sampled_from([0, 0, 0, 1]),
     cancel_after=st.none() | st.none() | st.integers(0, 10),
+    stops_at=st.none() | st.integers(0, 40),
 )
 
 
@@ -47,8 +49,10 @@ def token(sequence: int, index: int) -> int:
 class Simulation:
     """A scheduler and what is known of its requests."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, *, follows: bool = False) -> None:
         self.scheduler = scheduler
+        self.follows = follows  # bursts are planned before the results of those before
+        self.num_following = 0
         self.begun_in: dict[int, int] = {}  # steps that each waited for its first
         self._arrived_in: dict[int, int] = {}
         self._cancels: dict[int, list[Generation]] = {}
@@ -63,7 +67,7 @@ class Simulation:
             prompt=prompt,
             params=SamplingParams(max_tokens=arrival.max_tokens, temperature=0.0),
             seed=0,
-            eos_ids=(),
+            eos_ids=() if arrival.stops_at is None else (token(number, arrival.stops_at),),
             max_model_len=10_000,
             priority=arrival.priority,
         )
@@ -76,16 +80,27 @@ class Simulation:
         return generation
 
     def step(self) -> bool:
-        for generation in self._cancels.pop(self.scheduler.num_steps, []):
-            self.scheduler.cancel(generation)
-            assert not self.scheduler.cancel(generation), "twice is not an event"
-            self.scheduler.cache.check_invariants()
+        self._cancel()
         step = self.scheduler.next_step()
         if step is None:
             return False
-        self._check(step)
-        run_step(self.scheduler, step, token)
+        stopped: set[int] = set()
+        while step is not None:
+            self._check(step)
+            following = self.scheduler.following_burst(step) if self.follows else None
+            if following is not None:
+                self.num_following += 1
+                self._cancel()
+            stopped = run_step(self.scheduler, step, token, stopped)
+            step = following
         return True
+
+    def _cancel(self) -> None:
+        for generation in self._cancels.pop(self.scheduler.num_steps, []):
+            if generation.finish_reason is None:
+                self.scheduler.cancel(generation)
+            assert not self.scheduler.cancel(generation), "twice is not an event"
+            self.scheduler.cache.check_invariants()
 
     def _check(self, step: Step) -> None:
         """Assert that every part goes on exactly where its answer is."""
@@ -104,8 +119,10 @@ class Simulation:
                 assert (part.draw is None) == (end < len(context))
             else:
                 assert isinstance(part, DecodeRow)
+                if generation.finish_reason is not None:
+                    continue  # in a burst that was planned before it ended
                 assert part.position == len(context) - 1
-                assert part.token_id == context[-1]
+                assert part.token_id in (context[-1], None)
                 assert part.index == len(generation.token_ids)
                 assert not step.plan.chunks or len(part.owners) == 1
 
@@ -120,6 +137,7 @@ class Simulation:
     max_num_seqs=st.sampled_from([1, 3, 100]),
     decode_rides=st.booleans(),
     shares=st.booleans(),
+    follows=st.booleans(),
 )
 def test_every_request_ends_with_its_own_tokens(
     num_ranks: int,
@@ -130,6 +148,7 @@ def test_every_request_ends_with_its_own_tokens(
     max_num_seqs: int,
     decode_rides: bool,
     shares: bool,
+    follows: bool,
 ) -> None:
     """None is lost or repeated, nobody waits for ever, and all pages come back."""
     scheduler = make_scheduler(
@@ -144,7 +163,7 @@ def test_every_request_ends_with_its_own_tokens(
         decode_rides=decode_rides,
         burst_steps=5,
     )
-    simulation = Simulation(scheduler)
+    simulation = Simulation(scheduler, follows=follows)
     generations = []
     for number, arrival in enumerate(requests, 1):
         for _ in range(arrival.after_steps):
@@ -158,7 +177,10 @@ def test_every_request_ends_with_its_own_tokens(
         assert scheduler.num_steps < 10 * most_steps, "an answer starves"
 
     for generation, arrival in zip(generations, requests, strict=True):
-        expected = [token(generation.sequence_id, index) for index in range(arrival.max_tokens)]
+        most = arrival.max_tokens
+        if arrival.stops_at is not None:
+            most = min(most, arrival.stops_at + 1)
+        expected = [token(generation.sequence_id, index) for index in range(most)]
         if generation.finish_reason == "abort":
             assert generation.token_ids == expected[: len(generation.token_ids)]
         else:
@@ -213,3 +235,31 @@ def test_lower_priorities_go_first() -> None:
         pass
 
     assert sorted(simulation.begun_in, key=simulation.begun_in.__getitem__) == [4, 2, 1, 3]
+
+
+def test_bursts_follow_without_their_results() -> None:
+    """Rows go on from tokens that only the ranks know, and leave where the ranks stopped them."""
+    scheduler = make_scheduler(2, burst_steps=4)
+    simulation = Simulation(scheduler, follows=True)
+    stops = simulation.add(1, Arrival(0, 30, 50, False, 0, None, stops_at=6))
+    goes_on = simulation.add(2, Arrival(0, 40, 50, False, 0, None))
+
+    while simulation.step():
+        pass
+
+    assert simulation.num_following > 5
+    assert stops.token_ids == [token(1, index) for index in range(7)]
+    assert goes_on.token_ids == [token(2, index) for index in range(50)]
+
+
+def test_nothing_follows_where_something_else_is_to_be_done() -> None:
+    """A burst that is planned ahead would make a new request, or a shared prefix, wait."""
+    scheduler = make_scheduler(2, burst_steps=4)
+    simulation = Simulation(scheduler)
+    simulation.add(1, Arrival(0, 30, 50, False, 0, None))
+    simulation.step()
+    step = scheduler.next_step()
+    assert step is not None
+    simulation.add(2, Arrival(0, 40, 50, False, 0, None))
+
+    assert scheduler.following_burst(step) is None

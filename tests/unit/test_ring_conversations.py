@@ -170,6 +170,7 @@ mixes = given(
             "max_num_seqs": st.sampled_from([2, 100]),
             "long_prefill_token_threshold": st.sampled_from([0, 30]),
             "decode_rides": st.booleans(),
+            "follows": st.booleans(),
             "step_target_s": st.sampled_from([math.inf, 1e-6]),
         }
     ),
@@ -193,6 +194,7 @@ def test_any_mix_of_requests_equals_each_alone(
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(3600)
 @settings(max_examples=600, deadline=None, suppress_health_check=SLOW)
 @mixes
 def test_many_mixes_of_requests_equal_each_alone(
