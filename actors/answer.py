@@ -1,11 +1,15 @@
 """One answer while it is made: its tokens, its text, its log-probabilities, its steps."""
 
 import asyncio
+import functools
+import operator
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from actors.detokenizer import AnswerText
 from actors.generation import Generation
+from actors.kv.messages import Tier
 from actors.logprobs import Spell, read_logprobs, read_prompt_logprobs
 from actors.messages import (
     CompletionOutput,
@@ -14,6 +18,7 @@ from actors.messages import (
     Phase,
     PrefillChunk,
     RequestDelta,
+    Restored,
     SequenceResult,
     StepRecord,
     StepResult,
@@ -29,6 +34,7 @@ class Answer:
         """Begin; ``text`` is the generation's own, None without a tokenizer."""
         self.generation = generation
         self.records: list[StepRecord] = []
+        self.restored: list[Restored] = []
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.begin_s = 0.0  # of its first step, by time.perf_counter
         self.first_token_s = 0.0
@@ -48,9 +54,34 @@ class Answer:
         self.records.append(record)
         if self.generation.token_ids:
             self.first_token_s = self.first_token_s or time.perf_counter()
+        if isinstance(part, PrefillChunk) and part.restored:
+            self._take_restored(record, part, results)
+        if any(each.bad_from is not None for each in results):
+            return  # what was computed on damaged rows is void
         self._logprobs += [each.logprobs for each in results if each.logprobs is not None]
         if isinstance(part, PrefillChunk) and part.prompt_logprobs is not None:
             self._prompt_logprobs[part.start] = part, [each.prompt_logprobs for each in results]
+
+    def _take_restored(
+        self, record: StepRecord, chunk: PrefillChunk, results: Sequence[SequenceResult]
+    ) -> None:
+        """Note what came back with a chunk; rows behind a damaged one are void."""
+        damaged = [each.bad_from for each in results if each.bad_from is not None]
+        end = min(damaged, default=chunk.start)
+        tiers: Counter[Tier] = Counter()
+        for part in chunk.restored:
+            if part.start < end:
+                tiers[part.tier] += min(part.end, end) - part.start
+        stored, _ = self.generation.restored[-1]
+        self.restored.append(
+            Restored(
+                tokens=tiers.total(),
+                tokens_by_tier=dict(tiers),
+                find_s=stored.find_s,
+                stage_s=stored.stage_s,
+                copy_s=max(parts_s.get("restore", 0.0) for parts_s in record.ranks_parts_s),
+            )
+        )
 
     def delta(self, request_id: str, index: int) -> RequestDelta | None:
         """Return what is new since the last call, or None where nothing is."""
@@ -144,6 +175,12 @@ def step_record(
         ranks_wall_s=tuple(result.wall_s for result in results),
         ranks_parts_s=tuple(result.parts_s for result in results),
     )
+
+
+def joint_restored(answers: Sequence[Answer]) -> Restored | None:
+    """Return what came back for some answers, None where nothing did."""
+    each = [restored for answer in answers for restored in answer.restored if restored.tokens]
+    return functools.reduce(operator.add, each) if each else None
 
 
 def joint_records(answers: Sequence[Answer]) -> tuple[StepRecord, ...]:

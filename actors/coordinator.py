@@ -18,7 +18,11 @@ from actors.choice import Chooser
 from actors.cluster_info import ClusterInfo, size_pool
 from actors.device_cache import DeviceCache
 from actors.engine import Engine
+from actors.errors import ClusterError
+from actors.kv.pieces import Layout
+from actors.kv.stores import CreateStore, Stores, store_bytes
 from actors.messages import Plan, Progress, Request, RequestDelta, RequestOutput, WorkerSpec
+from actors.offload import Offload
 from actors.placement import Place, place
 from actors.profile_file import ProfileFacts, ProfileFile, host_numbers
 from actors.ranks import Ranks
@@ -31,6 +35,7 @@ from models.config import ModelConfig, check_max_model_len, read_model_config
 from models.rates import ModelShape, Rates, model_shape
 from models.tokenizer import Tokenizer
 
+STORE_ANSWER_S = 600.0  # a disk is verified in minutes
 EMPTY_PLANS = 12  # by which the time is measured that handing out a plan takes
 
 
@@ -38,11 +43,16 @@ class Coordinator:
     """One model's cluster. All methods run in one event loop."""
 
     def __init__(
-        self, config: Config, create_worker: Callable[[WorkerSpec, Any, Place], Any]
+        self,
+        config: Config,
+        create_worker: Callable[[WorkerSpec, Any, Place], Any],
+        create_store: CreateStore,
     ) -> None:
         """Only store; `start` does what can fail."""
         self._config = config
         self._create_worker = create_worker
+        self._create_store = create_store
+        self._stores: Stores | None = None
         self._runner: asyncio.Task[None] | None = None
         self._tracer = Tracer()
         self._model: ModelConfig
@@ -81,6 +91,10 @@ class Coordinator:
         num_pages = self._info.kv_capacity_tokens // config.page_tokens // len(places)
         await self._ranks.call("allocate", num_pages, timeout_s=config.ray.start_timeout_s)
         await self._form_ring()
+        if store_bytes(config, device):
+            self._stores = await Stores.start(
+                config, self._layout(), self._ranks, places, group, self._create_store
+            )
         self._engine = self._make_engine(num_pages, await self._find_rates())
         self._ranks.watch()
         self._runner = asyncio.create_task(self._engine.run())
@@ -114,12 +128,26 @@ class Coordinator:
         """Give up the KV of all answers that are complete."""
         self._engine.scheduler.cache.clear()
 
+    async def ask_stores(self, method: str, salt: str | None = None) -> dict[str, Any]:
+        """Return what each host's KV store says to ``stats``, ``verify`` or ``clear``.
+
+        With a salt only that tenant's KV is cleared.
+        """
+        if self._stores is None:
+            raise ClusterError("there is no KV store: set kv_store.host_memory_bytes")
+        args = () if salt is None else (self._stores.keys.tenant(salt),)
+        return await self._stores.ask_all(method, *args, timeout_s=STORE_ANSWER_S)
+
     async def status(self) -> dict[str, Any]:
         """Return what this cluster is and does, for people and programs."""
         failure = self._ranks.failure
+        stores = None
+        if self._stores is not None:
+            stores = await self._stores.ask_all("stats", timeout_s=1.0)
         return {
             **dataclasses.asdict(self._info),
             **self._engine.status(),
+            "kv_store": stores,
             "failure": None if failure is None else str(failure),
         }
 
@@ -135,6 +163,8 @@ class Coordinator:
         """End the ranks' processes; the coordinator itself is ended by its owner."""
         if self._runner is not None:
             self._runner.cancel()
+        if self._stores is not None:
+            await self._stores.stop(self._ranks)
         if hasattr(self, "_ranks"):
             self._ranks.kill()
 
@@ -162,6 +192,7 @@ class Coordinator:
                 hosts=host_numbers(self._info.hosts),
                 threads=config.threads_per_rank,
                 dtype=workers[0].dtype,
+                kv_cache_dtype=config.kv_cache_dtype,
                 model=self._shape(),
             ),
         )
@@ -183,6 +214,16 @@ class Coordinator:
             )
             runs_s.append(time.perf_counter() - start_s)
         return sorted(runs_s)[EMPTY_PLANS // 4]
+
+    def _layout(self) -> Layout:
+        model = self._model
+        return Layout(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=self._info.workers[0].dtype,
+            block_tokens=self._config.kv_store.block_tokens,
+        )
 
     def _shape(self) -> ModelShape:
         return model_shape(self._model, DTYPES[self._info.workers[0].dtype].itemsize)
@@ -213,7 +254,17 @@ class Coordinator:
             max_model_len=info.max_model_len,
             max_logprobs=config.max_logprobs,
         )
-        return Engine(self._ranks, Scheduler(cache, chooser, limits), chooser, reader, self._tracer)
+        offload = None
+        if self._stores is not None:
+            offload = Offload(self._stores.keys, config.kv_store.restore_min_tokens)
+        return Engine(
+            self._ranks,
+            Scheduler(cache, chooser, limits, offload),
+            chooser,
+            reader,
+            self._tracer,
+            None if self._stores is None else self._stores.finder,
+        )
 
     def _spec(self, where: Place, device: Literal["cpu", "cuda"]) -> WorkerSpec:
         config = self._config
@@ -224,6 +275,7 @@ class Coordinator:
             checkpoint=config.model,
             device=device,
             dtype=config.dtype,
+            kv_cache_dtype=config.kv_cache_dtype,
             page_tokens=config.page_tokens,
             piece_bytes=config.ring.piece_bytes,
             threads=config.threads_per_rank or max(1, cores // where.ranks_on_host),

@@ -114,7 +114,7 @@ class DeviceCache:
         """Let others share these tokens of a running sequence, whose KV the ranks hold."""
         sequence = self._running[sequence_id]
         sequence.token_ids = token_ids
-        if self.shares:
+        if self.shares and len(token_ids):
             self._trees.setdefault(sequence.salt, PrefixTree()).insert(sequence_id, token_ids)
 
     def truncate(self, sequence_id: int, position: int) -> None:

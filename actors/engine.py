@@ -16,6 +16,7 @@ import ray
 from actors.answer import Answer, step_record
 from actors.choice import Chooser
 from actors.errors import UnknownRequest
+from actors.kv.finder import StoreFinder
 from actors.messages import (
     FinishReason,
     Progress,
@@ -25,6 +26,7 @@ from actors.messages import (
     StepRecord,
     StepResult,
 )
+from actors.offload import Lookup
 from actors.ranks import Ranks
 from actors.requests import OpenRequest, RequestReader
 from actors.scheduler import Scheduler, Step
@@ -59,6 +61,7 @@ class Engine:
         chooser: Chooser,
         reader: RequestReader,
         tracer: Tracer,
+        finder: StoreFinder | None = None,
     ) -> None:
         """Take what reads requests, what plans steps, and what executes them; then `run`."""
         self.scheduler = scheduler
@@ -66,6 +69,8 @@ class Engine:
         self._chooser = chooser
         self._reader = reader
         self._tracer = tracer
+        self._finder = finder
+        self._store_calls: set[asyncio.Task[None]] = set()
         self._work = asyncio.Event()  # set where the scheduler may have something to do
         self._requests: dict[str, OpenRequest] = {}
         self._answers: dict[int, tuple[OpenRequest, Answer]] = {}  # by sequence, not complete
@@ -157,6 +162,7 @@ class Engine:
             try:
                 start_s = time.perf_counter()
                 step = self.scheduler.next_step()
+                self._call_stores()
                 if step is None:
                     self._work.clear()
                     continue
@@ -196,6 +202,26 @@ class Engine:
     def _expire(self, opened: OpenRequest) -> None:
         if self._requests.get(opened.request.request_id) is opened:
             self.cancel(opened.request.request_id, "deadline")
+
+    def _call_stores(self) -> None:
+        """Have prompts looked up in the KV stores, and leases returned, beside the steps."""
+        finder, offload = self._finder, self.scheduler.offload
+        if finder is None or offload is None:
+            return
+        calls = [self._look_up(finder, lookup) for lookup in offload.take_lookups()]
+        calls += [finder.release(stored) for stored in offload.take_returned()]
+        for call in calls:
+            task = asyncio.create_task(call)
+            self._store_calls.add(task)
+            task.add_done_callback(self._store_calls.discard)
+
+    async def _look_up(self, finder: StoreFinder, lookup: Lookup) -> None:
+        stored = None
+        try:
+            stored = await finder.find(lookup)
+        finally:
+            self.scheduler.found(lookup, stored)
+            self._work.set()
 
     async def _execute(self, step: Step, plan_s: float) -> None:
         """Execute a step, and the bursts that follow it without a pause."""
@@ -246,9 +272,10 @@ class Engine:
         self.scheduler.advance(step, results)
         end_s = time.perf_counter()
         record = step_record(step, results, plan_s=call.plan_s, wall_s=end_s - begun_s)
-        self._recent.append((end_s, record))
-        self._forget_old(end_s)
-        self._tracer.add(begun_s, record, results)
+        if call.about:  # else it only had blocks stored
+            self._recent.append((end_s, record))
+            self._forget_old(end_s)
+            self._tracer.add(begun_s, record, results)
         for index, (opened, answer) in enumerate(call.about):
             if answer.done.done():
                 continue  # cancelled meanwhile

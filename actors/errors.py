@@ -8,6 +8,7 @@ ClusterError
 +-- QueueFull        more requests wait than may
 +-- UnknownRequest   no request of this id waits or runs
 +-- TraceError       a trace that cannot be started, stopped or written
++-- StoreNotFound    there is no KV store at the place given
 """
 
 from models.errors import RingspanError
@@ -43,3 +44,7 @@ class UnknownRequest(ClusterError):
 
 class TraceError(ClusterError):
     """A trace cannot be started, stopped or written."""
+
+
+class StoreNotFound(ClusterError):
+    """There is no KV store, or none on disk, at the place given."""

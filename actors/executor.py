@@ -1,11 +1,14 @@
 """One rank's part of a plan: which rows it computes, and what it samples."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from actors.kv.loader import Restoring
+from actors.kv.rank import RankStore
 from actors.messages import DecodeRow, Plan, PrefillChunk, SequenceResult
 from actors.sampler import Sampler
 from attention import PassKVAttention, PassQAttention, Ring, RingSequence
@@ -28,6 +31,8 @@ class PlanExecutor:
         self._pool = pool
         self.ring = ring  # may be another end of the same ring while a trace is recorded
         self._piece_bytes = piece_bytes
+        self.store: RankStore | None = None  # set once, where there is a KV store
+        self._restoring: Restoring | None = None
         self._sampler = Sampler(decoder.config.vocab_size, decoder.device)
         self._rounds_done = 0
         self._rounds = 1
@@ -41,6 +46,9 @@ class PlanExecutor:
 
     def execute(self, plan: Plan, timer: PartTimer) -> tuple[SequenceResult, ...]:
         """Return what this rank knows of each of the plan's sequences, in their order."""
+        for blocks in plan.stores:
+            assert self.store is not None
+            self.store.writer.submit(blocks)
         for op in plan.cache_ops:
             self._pool.apply(op, self.ring.rank)
         for sequence_id in plan.ended:
@@ -67,8 +75,14 @@ class PlanExecutor:
         samples = [chunk.draw is not None and chunk.sampling_rank == rank for chunk in computed]
         keeps_all = any(chunk.prompt_logprobs is not None for chunk in plan.chunks)
         rows = self._own_rows(plan.rows)
+        restored = {chunk.sequence_id: chunk.restored for chunk in computed if chunk.restored}
+        self._restoring = None
+        if restored:
+            assert self.store is not None
+            self._restoring = self.store.loader.begin(restored)
         hidden_TE = self._forward(plan, computed, indices, samples, rows, keeps_all, timer)
         hidden_TE, decoded_BE = hidden_TE.split([len(hidden_TE) - len(rows), len(rows)])
+        damaged = {} if self._restoring is None else self._restoring.finish()
         prompt_logprobs: dict[int, TokenLogprobs] = {}
         if keeps_all:
             pieces = hidden_TE.split([len(each) for each in indices])
@@ -91,6 +105,7 @@ class PlanExecutor:
                 token_ids=token_ids.get(part.sequence_id, ()),
                 logprobs=self._sampler.take_logprobs(part.sequence_id),
                 prompt_logprobs=prompt_logprobs.get(part.sequence_id),
+                bad_from=damaged.get(part.sequence_id),
             )
             for part in plan.parts
         )
@@ -180,7 +195,14 @@ class PlanExecutor:
             around_ring,
             timer,
             last_layer=None if keeps_all else last_layer,
+            before_layer=functools.partial(self._wait_for, timer=timer),
         )
+
+    def _wait_for(self, layer: int, timer: PartTimer) -> None:
+        """Return when what is restored of a layer is there."""
+        if self._restoring is not None:
+            with timer("restore"):
+                self._restoring.wait(layer)
 
     def _sample_first(
         self, hidden_RE: Tensor, chunks: Sequence[PrefillChunk]

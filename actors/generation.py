@@ -4,6 +4,7 @@ import numpy as np
 
 from actors.detokenizer import AnswerText
 from actors.draws import BadWords, make_draw
+from actors.kv.messages import StoredPrefix
 from actors.messages import FinishReason, TokenIds
 from models.sampling import SamplingParams
 
@@ -38,6 +39,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.num_cached_tokens = 0  # of the prompt, found on the ranks when it began
+        self.restored: list[tuple[StoredPrefix, int]] = []  # what came back, and how many tokens
         self.draw = make_draw(params, seed, eos_ids, bad_words)
         self.prompt_logprobs = params.prompt_logprobs if wants_prompt_logprobs else None
         self._max_tokens = min(params.max_tokens, max_model_len - len(prompt))
@@ -49,6 +51,12 @@ class Generation:
     def tokens_to_come(self) -> int:
         """How many more tokens the answer may get."""
         return self._max_tokens - len(self.token_ids)
+
+    def take_restored(self, stored: StoredPrefix, tokens: int) -> None:
+        """Note that so many tokens came back from the KV stores."""
+        if not self.token_ids:
+            self.num_cached_tokens += max(0, tokens)
+        self.restored.append((stored, max(0, tokens)))
 
     def context(self) -> TokenIds:
         """Return prompt and answer so far."""

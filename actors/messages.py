@@ -9,11 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from actors.kv.messages import RestorePart, StoreBlocks, Tier
 from attention import Zigzag
 from attention.spans import StepSpans
 from models.draw import Filters
 from models.logits import LogitRules
 from models.logprobs import TokenLogprobs
+from models.page_pool import KVCacheDtype
 from models.page_table import CacheOp
 from models.sampling import SamplingParams
 
@@ -39,6 +41,7 @@ class WorkerSpec:
     ranks_on_host: int
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None  # None: found from what is free after loading
+    kv_cache_dtype: KVCacheDtype = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class PrefillChunk:
     answer_tokens: int = 0
     prompt_logprobs: int | None = None  # as `Draw.logprobs`, of the tokens that follow these
     next_token_id: int | None = None  # in the prompt, behind these; None: they are its last
+    restored: tuple[RestorePart, ...] = ()  # of cached rows, those that come back meanwhile
 
     @property
     def start(self) -> int:
@@ -133,6 +137,7 @@ class Plan:
     chunks: tuple[PrefillChunk, ...]
     rows: tuple[DecodeRow, ...]
     algorithm: Algorithm  # of the sharded chunks
+    stores: tuple[StoreBlocks, ...] = ()  # as the ranks hold them before the operations
 
     @property
     def parts(self) -> "tuple[PrefillChunk | DecodeRow, ...]":
@@ -147,6 +152,8 @@ class SequenceResult:
     token_ids: tuple[int, ...]  # sampled; () where this rank took no part, or nothing was sampled
     logprobs: TokenLogprobs | None = None  # of these, from the sampling rank
     prompt_logprobs: TokenLogprobs | None = None  # of the tokens that follow this rank's own
+    # The first position whose restored row was damaged: what was computed with it is void.
+    bad_from: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +283,39 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What came back from the KV stores instead of being computed, and in what time."""
+
+    tokens: int
+    tokens_by_tier: dict[Tier, int]
+    find_s: float  # which stores have what
+    stage_s: float  # from disk or another host into the arenas of the ranks' hosts
+    copy_s: float  # that the ranks waited for layers: the slowest of each step
+
+    def __add__(self, other: "Restored") -> "Restored":
+        """Return what came back together."""
+        tiers = {**self.tokens_by_tier, **other.tokens_by_tier}
+        return Restored(
+            tokens=self.tokens + other.tokens,
+            tokens_by_tier={
+                tier: self.tokens_by_tier.get(tier, 0) + other.tokens_by_tier.get(tier, 0)
+                for tier in tiers
+            },
+            find_s=self.find_s + other.find_s,
+            stage_s=self.stage_s + other.stage_s,
+            copy_s=self.copy_s + other.copy_s,
+        )
+
+    def line(self) -> str:
+        """Return it as one line for people."""
+        tiers = ", ".join(f"{tokens} from {tier}" for tier, tokens in self.tokens_by_tier.items())
+        return (
+            f"restored {self.tokens} tokens: {tiers}; found in {self.find_s * 1e3:.1f} ms,"
+            f" staged in {self.stage_s * 1e3:.1f} ms, waited for {self.copy_s * 1e3:.1f} ms"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RequestOutput:
     """A request's answers, and how they came about."""
 
@@ -283,10 +323,11 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
-    num_cached_tokens: int
+    num_cached_tokens: int  # of the prompt, found on the ranks or restored
     metrics: RequestMetrics
     steps: tuple[StepRecord, ...]
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None  # None for the first token
+    restored: Restored | None = None  # of all answers; None: nothing
 
     def explain(self) -> str:
         """Return what was chosen and measured, step by step."""
@@ -294,4 +335,5 @@ class RequestOutput:
             f"{self.request_id}: {len(self.prompt_token_ids)} prompt tokens"
             f" ({self.num_cached_tokens} cached), first token after {self.metrics.ttft_s:.3f} s"
         )
-        return "\n".join([head, *(record.line() for record in self.steps)])
+        restored = [] if self.restored is None else [self.restored.line()]
+        return "\n".join([head, *restored, *(record.line() for record in self.steps)])

@@ -32,6 +32,7 @@ class ProfileFacts:
     hosts: tuple[int, ...]  # of each rank: 0 for the first host, 1 for the next that differs ...
     threads: int  # of torch, in each rank's process
     dtype: str
+    kv_cache_dtype: str
     model: ModelShape
     torch: str = torch.__version__
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from attention import Ring, attend, merge_into
 from attention.timing import PartTimer
 from models.decoder import Decoder
-from models.page_pool import PagePool
+from models.page_pool import KVCacheDtype, PagePool
 from models.rates import Affine, Curve, Rates
 
 KiB, MiB = 2**10, 2**20
@@ -37,14 +37,20 @@ SMALL_BYTES, LARGE_BYTES = 4 * KiB, 8 * MiB  # of messages
 INSTANT = Affine(0.0, 1e15)  # a ring of one sends nothing
 
 
-def measure(decoder: Decoder, ring: Ring, *, page_tokens: int = 256) -> Rates:
+def measure(
+    decoder: Decoder,
+    ring: Ring,
+    *,
+    page_tokens: int = 256,
+    kv_cache_dtype: KVCacheDtype = "auto",
+) -> Rates:
     """Return the rates of this model on this ring, the same on every rank.
 
     Each is the lower quartile of a few runs, on the slowest rank: what disturbs a
     machine now and then is no rate of it. It takes two to four seconds; of a slow
     model fewer sizes are measured.
     """
-    profile = _Profile(decoder, ring, page_tokens)
+    profile = _Profile(decoder, ring, page_tokens, kv_cache_dtype)
     with torch.inference_mode():
         return profile.rates()
 
@@ -52,7 +58,9 @@ def measure(decoder: Decoder, ring: Ring, *, page_tokens: int = 256) -> Rates:
 class _Profile:
     """One rank's part of a measurement. All ranks make the same calls in the same order."""
 
-    def __init__(self, decoder: Decoder, ring: Ring, page_tokens: int) -> None:
+    def __init__(
+        self, decoder: Decoder, ring: Ring, page_tokens: int, kv_cache_dtype: KVCacheDtype
+    ) -> None:
         self._decoder = decoder
         self._config = decoder.config
         self._device = decoder.device
@@ -68,6 +76,7 @@ class _Profile:
             head_dim=self._config.head_dim,
             dtype=decoder.dtype,
             device=self._device,
+            kv_cache_dtype=kv_cache_dtype,
         )
         self._pool.table.grow(0, [(0, KEYS)])
         self._layer = itertools.cycle(range(num_layers))

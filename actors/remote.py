@@ -7,17 +7,40 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.coordinator import Coordinator
+from actors.kv.messages import StoreSpec
+from actors.kv.ray_store import NAMESPACE, KVStoreActor, store_name
 from actors.messages import WorkerSpec
 from actors.placement import Place
 from actors.ranks import CONTROL
 from actors.worker import GPUWorker
 from configs import Config
 
+STORE_THREADS = 4  # of a KV store: one may bring pieces from a disk while others are served
+
 
 def create_coordinator(config: Config) -> Any:
     """Start the coordinator's process and return its handle."""
     actor = ray.remote(num_cpus=0, max_restarts=0)(Coordinator)
-    return actor.remote(config, create_worker)
+    return actor.remote(config, create_worker, create_store)
+
+
+def create_store(spec: StoreSpec, group: PlacementGroup, where: Place) -> Any:
+    """Start one host's KV store in its bundle, under a name, and return its handle."""
+    # Options that the type hints of ray.remote do not know yet.
+    options: dict[str, Any] = {
+        "name": store_name(spec.cluster, spec.host),
+        "namespace": NAMESPACE,
+        "max_concurrency": STORE_THREADS,
+    }
+    actor = ray.remote(
+        num_cpus=0,
+        max_restarts=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=where.bundle
+        ),
+        **options,
+    )(KVStoreActor)
+    return actor.remote(spec)
 
 
 def create_worker(spec: WorkerSpec, group: PlacementGroup, where: Place) -> Any:

@@ -6,7 +6,7 @@ import itertools
 import secrets
 import time
 
-from actors.answer import Answer, joint_records
+from actors.answer import Answer, joint_records, joint_restored
 from actors.detokenizer import AnswerText, Detokenizer
 from actors.draws import BadWords, bad_word_ids, check_params
 from actors.generation import Generation
@@ -111,6 +111,7 @@ class RequestReader:
             metrics=opened.metrics(),
             steps=joint_records(answers),
             prompt_logprobs=answers[0].prompt_logprobs(len(opened.prompt), spell),
+            restored=joint_restored(answers),
         )
 
     def _read_params(self, params: SamplingParams) -> BadWords:

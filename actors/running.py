@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.generation import Generation
+from actors.kv.messages import RestorePart, StoredPrefix, parts_behind
 from actors.messages import DecodeRow, PrefillChunk, TokenIds
 from actors.plans import find_first_rank
 
@@ -17,6 +18,8 @@ class Entry:
     generation: Generation = field(compare=False)
     shares: bool = field(default=True, compare=False)
     has_begun: bool = field(default=False, compare=False)
+    was_looked_up: bool = field(default=False, compare=False)  # in the KV stores
+    stored: StoredPrefix | None = field(default=None, compare=False)  # what they have
 
 
 @dataclass
@@ -31,6 +34,19 @@ class Running:
     sampling_rank: int = 0
     owner: int = 0  # of the decode block under way
     decoded: int = 0
+    stored: StoredPrefix | None = None  # comes back with the first chunk
+    stored_blocks: int = 0  # that are in the KV stores, or on their way
+    keys: list[bytes] = field(default_factory=list)  # of blocks
+
+    @property
+    def start(self) -> int:
+        """The position of the first token that is left to prefill."""
+        return self.computed if self.stored is None else max(self.computed, self.stored.end)
+
+    @property
+    def restored(self) -> tuple[RestorePart, ...]:
+        """The rows that come back from the stores with the next chunk."""
+        return () if self.stored is None else parts_behind(self.stored, self.computed)
 
     @property
     def generation(self) -> Generation:
@@ -40,11 +56,11 @@ class Running:
     @property
     def remaining(self) -> int:
         """Tokens left to prefill."""
-        return max(0, len(self.context) - self.computed)
+        return max(0, len(self.context) - self.start)
 
     def chunk(self, count: int, cached_rows: tuple[int, ...]) -> PrefillChunk:
         """Return the next chunk of the prompt, behind ``cached_rows`` rows on each rank."""
-        generation, start = self.generation, self.computed
+        generation, start = self.generation, self.start
         end = start + count
         is_last = end == len(self.context)
         has_rules = is_last and generation.draw.rules is not None
@@ -59,6 +75,7 @@ class Running:
             answer_tokens=len(generation.token_ids),
             prompt_logprobs=None if generation.token_ids else generation.prompt_logprobs,
             next_token_id=None if is_last else int(self.context[end]),
+            restored=self.restored,
         )
 
     def row(self, owners: tuple[int, ...], ahead: int = 0) -> DecodeRow:

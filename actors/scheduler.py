@@ -21,7 +21,9 @@ from actors.chunks import size_chunks
 from actors.device_cache import DeviceCache
 from actors.errors import QueueFull
 from actors.generation import Generation
+from actors.kv.messages import StoredPrefix, part_spans
 from actors.messages import DecodeRow, FinishReason, Plan, PrefillChunk, StepResult, TokenIds
+from actors.offload import Lookup, Offload
 from actors.plans import chunk_spans, owned_spans
 from actors.running import Entry, Running
 from models.cost import SequenceShape
@@ -59,13 +61,21 @@ class Step:
 class Scheduler:
     """Waiting and running answers of one cluster. Not thread-safe."""
 
-    def __init__(self, cache: DeviceCache, chooser: Chooser, limits: Limits) -> None:
-        """Take the pages' bookkeeping, all free, and the choice of algorithms."""
+    def __init__(
+        self,
+        cache: DeviceCache,
+        chooser: Chooser,
+        limits: Limits,
+        offload: Offload | None = None,
+    ) -> None:
+        """Take the pages' bookkeeping, all free, the choice of algorithms, and the KV stores."""
         self.cache = cache
+        self.offload = offload
         self.limits = limits
         self._chooser = chooser
         self._admission = Admission(cache, chooser, limits.decode_block_tokens)
         self._waiting: list[Entry] = []  # in order
+        self._looked_up: list[Entry] = []  # that wait for the KV stores' answer
         self._running: dict[int, Running] = {}  # by sequence, in order of begin
         self._ended: tuple[int, ...] = ()
         self._arrivals = itertools.count()
@@ -76,7 +86,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Answers that wait, for the first time or again."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._looked_up)
 
     @property
     def num_running(self) -> int:
@@ -106,11 +116,23 @@ class Scheduler:
         if generation.finish_reason is not None:
             return False
         generation.end(reason)
-        self._waiting = [entry for entry in self._waiting if entry.generation is not generation]
+        for entry in [each for each in self._waiting if each.generation is generation]:
+            self._waiting.remove(entry)
+            self._give_back(entry)
         for running in list(self._running.values()):
             if running.generation is generation:
                 self._stop(running)
         return True
+
+    def found(self, lookup: Lookup, stored: StoredPrefix | None) -> None:
+        """Take what the KV stores have of a prompt, or None: it waits again, in its place."""
+        assert self.offload is not None
+        self._looked_up.remove(lookup.entry)
+        if lookup.entry.generation.finish_reason is not None:  # cancelled meanwhile
+            self.offload.give_back(stored)
+            return
+        lookup.entry.stored = stored
+        insort(self._waiting, lookup.entry)
 
     def progress(self, generation: Generation) -> tuple[int, int]:
         """Return the tokens of an answer's prompt that are computed, or shared, and all of them."""
@@ -134,6 +156,8 @@ class Scheduler:
         if step is None and self._waiting:
             # Whoever ran was preempted to the last: now there is room.
             return self.next_step()
+        if step is None and self.offload is not None and self.offload.has_stores:
+            return self._step((), (), (), ())
         self.num_steps += step is not None
         return step
 
@@ -173,19 +197,54 @@ class Scheduler:
             generation = running.generation
             token_ids = results[part.sampling_rank].sequences[index].token_ids
             if isinstance(part, PrefillChunk):
-                running.computed += len(part.token_ids)
-                running.sampling_rank = part.sampling_rank
-                self.cache.accept(running.sequence_id, running.context[: running.computed])
+                damaged = [each.sequences[index].bad_from for each in results]
+                self._take_chunk(
+                    running, part, min((d for d in damaged if d is not None), default=None)
+                )
+                if running.remaining and part.draw is not None:
+                    continue  # what was sampled is void
             else:
                 running.computed += len(token_ids)
             generation.advance(token_ids)
             if generation.finish_reason is not None:
                 self._stop(running)
                 done.append(generation)
+            else:
+                self._store_blocks(running)
         return done
+
+    def _take_chunk(self, running: Running, chunk: PrefillChunk, bad_from: int | None) -> None:
+        """Take what a chunk computed; rows from ``bad_from`` on are void and computed anew."""
+        restored_from = running.computed
+        end = chunk.start + len(chunk.token_ids)
+        running.computed = end if bad_from is None else bad_from
+        running.sampling_rank = chunk.sampling_rank
+        self.cache.accept(running.sequence_id, running.context[: running.computed])
+        if bad_from is not None:
+            self.cache.truncate(running.sequence_id, bad_from)
+        if running.stored is not None:
+            assert self.offload is not None
+            running.generation.take_restored(
+                running.stored, min(chunk.start, running.computed) - restored_from
+            )
+            self.offload.give_back(running.stored)
+            running.stored = None
+
+    def _store_blocks(self, running: Running) -> None:
+        """Have those blocks stored that an answer has completed."""
+        if self.offload is not None:
+            self.offload.note(running, running.generation.context()[: running.computed])
+
+    def _give_back(self, holder: Entry | Running) -> None:
+        """Need what the KV stores have no more."""
+        if self.offload is not None:
+            self.offload.give_back(holder.stored)
+        holder.stored = None
 
     def _stop(self, running: Running) -> None:
         """Let an answer run no more; what was accepted of it is kept for others."""
+        self._store_blocks(running)
+        self._give_back(running)
         # What was computed behind a stop is not part of the answer.
         self.cache.accept(running.sequence_id, running.generation.context()[: running.computed])
         self.cache.finish(running.sequence_id)
@@ -204,7 +263,11 @@ class Scheduler:
                 place = self._admission.place(entry, context, match, self._running.values())
                 if place is None:
                     break
-                self._begin(entry, context, place)
+                if self.offload and self.offload.wants(entry, context, place.match.tokens):
+                    self.offload.ask(entry, context, place.match.tokens, place.home)
+                    self._looked_up.append(entry)
+                else:
+                    self._begin(entry, context, place)
             self._waiting.pop(0)
             if waits:
                 passed.append(entry)
@@ -218,9 +281,15 @@ class Scheduler:
         if not entry.has_begun:
             generation.num_cached_tokens = place.match.tokens
         entry.has_begun = True
-        self._running[sequence_id] = Running(
-            entry, sequence_id, context, place.home, place.match.tokens
-        )
+        entry.was_looked_up = False  # it is again where it has to make way
+        running = Running(entry, sequence_id, context, place.home, place.match.tokens)
+        stored = entry.stored
+        if stored is not None:
+            if stored.home == place.home and stored.start <= running.computed < stored.end:
+                running.stored, entry.stored = stored, None
+            else:
+                self._give_back(entry)
+        self._running[sequence_id] = running
 
     def _mixed_step(self, prefilling: list[Running], decoding: list[Running]) -> Step | None:
         """Return a step of chunks, with one decode step of each answer beside them."""
@@ -230,8 +299,8 @@ class Scheduler:
         begun: list[Running] = []
         for running, count in zip(prefilling, self._chunk_sizes(prefilling, riders), strict=True):
             if count and running.sequence_id in self._running:
-                chunk = running.chunk(count, self.cache.rows(running.sequence_id, running.computed))
-                if self._grow(running, chunk_spans(chunk), [*riders, *begun]):
+                chunk = running.chunk(count, self._rows_before(running))
+                if self._grow_chunk(running, chunk, [*riders, *begun]):
                     chunks.append(chunk)
                     begun.append(running)
         if not chunks:
@@ -266,8 +335,23 @@ class Scheduler:
         )
 
     def _shape(self, running: Running, count: int) -> SequenceShape:
-        rows = self.cache.rows(running.sequence_id, running.computed)
+        rows = self._rows_before(running)
         return SequenceShape(new_tokens=count, cached_rows=rows, whole_rank=running.home)
+
+    def _rows_before(self, running: Running) -> tuple[int, ...]:
+        """Return how many rows each rank holds before the next chunk, with restored ones."""
+        rows = list(self.cache.rows(running.sequence_id, running.computed))
+        for part in running.restored:
+            rows[part.rank] += part.end - part.start
+        return tuple(rows)
+
+    def _grow_chunk(self, running: Running, chunk: PrefillChunk, placed: list[Running]) -> bool:
+        """Make room for a chunk, and for what comes back before it; see `_grow`."""
+        if chunk.restored:
+            spans = part_spans(chunk.restored, self.cache.num_ranks)
+            if not self._grow(running, spans, placed):
+                return False
+        return self._grow(running, chunk_spans(chunk), placed)
 
     def _burst(self, decoding: list[Running]) -> Step | None:
         """Return a burst of decode steps of all answers, near the target in length."""
@@ -384,13 +468,14 @@ class Scheduler:
             chunks=tuple(chunks),
             rows=tuple(rows),
             algorithm="pass_kv" if choice is None else choice.algorithm,
+            stores=() if self.offload is None else self.offload.take_stores(),
         )
         return Step(
             plan=plan,
             generations=tuple(run.generation for run in runs),
             new_tokens=sum(len(chunk.token_ids) for chunk in chunks)
             + sum(len(row.owners) for row in rows),
-            cached_tokens=sum(run.computed for run in runs),
+            cached_tokens=sum(run.start for run in runs),
             algorithm=_algorithm(plan, choice),
             predicted_s=self._predicted_s(choice, rows, riders),
             choice=choice,
@@ -400,6 +485,8 @@ class Scheduler:
         self, choice: Choice | None, rows: Sequence[DecodeRow], riders: Sequence[Running]
     ) -> float | None:
         rows_of = self._rows_of(riders)
+        if choice is None and not rows:
+            return None
         if choice is None:
             return self._chooser.decode(rows_of, max(len(row.owners) for row in rows))
         riding_s = self._chooser.riding(rows_of)

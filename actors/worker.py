@@ -7,6 +7,7 @@ nothing of Ray: tests run several of them as threads of one process.
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ import torch.distributed as dist
 from actors.device_memory import available_kv_bytes
 from actors.errors import PlacementError
 from actors.executor import PlanExecutor
+from actors.kv.client import Store
+from actors.kv.messages import StoreInfo
+from actors.kv.pieces import Layout
+from actors.kv.rank import RankStore
 from actors.messages import Plan, StepResult, WorkerInfo, WorkerSpec
 from actors.profile_file import device_name
 from actors.profiler import measure
@@ -26,7 +31,8 @@ from attention.timing import PartTimer
 from attention.traced_ring import TracedRing
 from models.config import read_model_config
 from models.decoder import Decoder
-from models.page_pool import PagePool
+from models.kv_codec import Encoding
+from models.page_pool import PagePool, kv_bytes_per_token
 from models.rates import Rates
 from models.weights import load_weights, weights_bytes
 
@@ -72,9 +78,7 @@ class GPUWorker:
             device_name=device_name(self._device),
             dtype=str(dtype).removeprefix("torch."),
             weights_bytes=weights_bytes(config, dtype),
-            kv_bytes_per_token=(
-                config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
-            ),
+            kv_bytes_per_token=kv_bytes_per_token(config, dtype, spec.kv_cache_dtype),
             kv_memory_bytes=spec.kv_cache_memory_bytes
             or available_kv_bytes(self._device, spec.gpu_memory_utilization, spec.ranks_on_host),
             load_s=time.perf_counter() - start_s,
@@ -91,6 +95,7 @@ class GPUWorker:
             head_dim=config.head_dim,
             dtype=self._decoder.dtype,
             device=self._device,
+            kv_cache_dtype=self._spec.kv_cache_dtype,
         )
 
     def connect(self, host: str, port: int, generation: int, *, ring_timeout_s: float) -> None:
@@ -118,9 +123,31 @@ class GPUWorker:
             self._decoder, self._pool, ring, piece_bytes=self._spec.piece_bytes
         )
 
+    def attach_store(
+        self, stores: Sequence[tuple[Store, StoreInfo]], layout: Layout, encoding: Encoding
+    ) -> None:
+        """Write finished blocks to a KV store from now on, and restore from it.
+
+        ``stores`` are those of each rank's host.
+        """
+        rank = self._spec.rank
+        self._executor.store = RankStore(
+            self._pool, *stores[rank], layout, rank=rank, encoding=encoding
+        )
+
+    def flush_store(self, timeout_s: float) -> bool:
+        """Wait until what was finished is in the store; return whether it is."""
+        store = self._executor.store
+        return store is None or store.writer.flush(timeout_s)
+
     def profile(self) -> Rates:
         """Measure what this ring does in a second; all ranks at once, and all get the same."""
-        return measure(self._decoder, self._ring, page_tokens=self._spec.page_tokens)
+        return measure(
+            self._decoder,
+            self._ring,
+            page_tokens=self._spec.page_tokens,
+            kv_cache_dtype=self._spec.kv_cache_dtype,
+        )
 
     def start_trace(self, max_spans: int) -> RankClock:
         """Record spans of the steps from now on, at most so many; every rank must be told."""

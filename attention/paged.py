@@ -40,10 +40,18 @@ def pages_shape(
 
 def store_rows(pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD: Tensor) -> None:
     """Write rows ``first_row, first_row + 1, ...`` of a run whose pages are ``page_ids``."""
-    memory_SKD = _rows_of(pages)
+    memory_SKD = rows_of(pages)
     end_row, done = first_row + rows_SKD.shape[0], 0
     for start, count in _spans(page_ids, first_row, end_row, _capacity(pages)):
-        memory_SKD[start : start + count].copy_(rows_SKD[done : done + count])
+        memory_SKD[start : start + count].copy_(rows_SKD[done : done + count], non_blocking=True)
+        done += count
+
+
+def load_rows(pages: Tensor, page_ids: Sequence[int], first_row: int, out_SKD: Tensor) -> None:
+    """Copy rows ``first_row, first_row + 1, ...`` of a run whose pages are ``page_ids``."""
+    memory_SKD, done = rows_of(pages), 0
+    for start, count in _spans(page_ids, first_row, first_row + len(out_SKD), _capacity(pages)):
+        out_SKD[done : done + count].copy_(memory_SKD[start : start + count], non_blocking=True)
         done += count
 
 
@@ -101,12 +109,8 @@ class PagedRows:
     def copy_into(self, first_row: int, out_SJD: Tensor) -> None:
         """Copy rows ``first_row, first_row + 1, ...``: keys' heads, then values' heads."""
         k_SKD, v_SKD = out_SJD.chunk(2, dim=1)
-        end_row = first_row + out_SJD.shape[0]
         for pages, copy_SKD in ((self.k_pages, k_SKD), (self.v_pages, v_SKD)):
-            memory_SKD, done = _rows_of(pages), 0
-            for start, count in self._spans(first_row, end_row):
-                copy_SKD[done : done + count].copy_(memory_SKD[start : start + count])
-                done += count
+            load_rows(pages, self.page_ids, first_row, copy_SKD)
 
     def _attend_pages(
         self, q_KRD: Tensor, first_row: int, end_row: int, scale: float | None
@@ -179,7 +183,7 @@ class PagedRows:
         if len(spans) == 1:
             start, count = spans[0]
             k_SKD, v_SKD = (
-                _rows_of(pages)[start : start + count] for pages in (self.k_pages, self.v_pages)
+                rows_of(pages)[start : start + count] for pages in (self.k_pages, self.v_pages)
             )
             return attend(q_THD, k_SKD, v_SKD, scale=scale)
         capacity = _capacity(self.k_pages)
@@ -209,7 +213,7 @@ def _capacity(pages: Tensor) -> int:
     return pages.shape[2] if is_head_major(pages) else pages.shape[1]
 
 
-def _rows_of(pages: Tensor) -> Tensor:
+def rows_of(pages: Tensor) -> Tensor:
     """Return a view of all rows of a layer's pages, ``[S, K, D]``."""
     K, D = pages.shape[0 if is_head_major(pages) else 2], pages.shape[-1]
     # Never `flatten`, which copies where it cannot view: what is stored would be lost.

@@ -35,7 +35,7 @@ class PagedBatch:
 
     def __init__(self, runs: Sequence[PagedRun], *, page_tokens: int, device: torch.device) -> None:
         """Take the runs; one may have no rows, and runs may share pages."""
-        self._runs = runs
+        self.runs = runs
         self._page_tokens = page_tokens
         self._device = device
 
@@ -43,14 +43,14 @@ class PagedBatch:
         self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, *, scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return ``(out_BHD, lse_BH)`` in float32: query b sees all rows of run b."""
-        assert len(q_BHD) == len(self._runs)
+        assert len(q_BHD) == len(self.runs)
         if is_head_major(k_pages):
             return self._key_sets.attend(q_BHD, k_pages, v_pages, scale)
-        if len(self._runs) > 1 and flash_reads_pages(k_pages):
+        if len(self.runs) > 1 and flash_reads_pages(k_pages):
             return self._attend_flash(q_BHD, k_pages, v_pages, scale)
         partials = [
             PagedRows(k_pages, v_pages, page_ids, num_rows).attend(q_1HD, scale=scale)
-            for (page_ids, num_rows), q_1HD in zip(self._runs, q_BHD.split(1), strict=True)
+            for (page_ids, num_rows), q_1HD in zip(self.runs, q_BHD.split(1), strict=True)
         ]
         outs_1HD, lses_1H = zip(*partials, strict=True)
         return torch.cat(outs_1HD), torch.cat(lses_1H)
@@ -72,16 +72,16 @@ class PagedBatch:
     @cached_property
     def _page_index(self) -> tuple[Tensor | None, PageIndex]:
         """The sequences that have rows, None where all have, and where these lie."""
-        filled = [number for number, (_, num_rows) in enumerate(self._runs) if num_rows]
-        runs = [self._runs[number] for number in filled]
+        filled = [number for number, (_, num_rows) in enumerate(self.runs) if num_rows]
+        runs = [self.runs[number] for number in filled]
         index = PageIndex.of(runs, self._page_tokens, self._device)
-        if len(filled) == len(self._runs):
+        if len(filled) == len(self.runs):
             return None, index
         return torch.tensor(filled, dtype=torch.int64, device=self._device), index
 
     @cached_property
     def _key_sets(self) -> "_KeySets":
-        return _KeySets(self._runs, self._page_tokens)
+        return _KeySets(self.runs, self._page_tokens)
 
 
 class _KeySets:

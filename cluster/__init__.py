@@ -7,6 +7,7 @@ from actors.errors import (
     RankLost,
     RayUnreachable,
     StepFailed,
+    StoreNotFound,
     TraceError,
     UnknownRequest,
 )
@@ -16,6 +17,7 @@ from actors.messages import (
     Progress,
     RequestDelta,
     RequestOutput,
+    Restored,
     StepRecord,
 )
 from actors.trace import Trace
@@ -39,11 +41,13 @@ __all__ = [
     "RayUnreachable",
     "RequestDelta",
     "RequestOutput",
+    "Restored",
     "RingspanError",
     "SamplingError",
     "SamplingParams",
     "StepFailed",
     "StepRecord",
+    "StoreNotFound",
     "Trace",
     "TraceError",
     "UnknownRequest",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from cluster import bench, check, demo, generate, trace
+from cluster import bench, check, demo, generate, kv, trace
 from configs import ConfigError
 from models.errors import RingspanError
 
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
     trace.add_command(commands)
+    kv.add_command(commands)
     check.add_command(commands)
     bench.add_command(commands)
     demo.add_demo_command(commands)

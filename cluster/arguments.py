@@ -22,6 +22,7 @@ CLUSTER_FLAGS: dict[tuple[str, ...], dict[str, Any]] = {
         "help": "computed in one step, over all prompts and answers (8192)",
     },
     ("--gpu-memory-utilization",): {"type": float, "help": "share of each GPU to use (0.9)"},
+    ("--kv-cache-dtype",): {"help": "auto, int8 or fp8 (auto: as computed, exact)"},
     ("--kv-cache-memory-bytes",): {"type": int, "help": "for KV pages, on each rank"},
 }
 

@@ -5,6 +5,9 @@ tokens of several lengths, in which passages come back far from where they first
 stood, so that a right next token depends on keys of other ranks. A second turn goes
 on behind each answer, over the KV of the first. Tokens and log-probabilities are compared
 step by step, for pass-KV and for pass-Q unless the configuration says which.
+
+With a lossy ``kv_cache_dtype`` both sides have it, and what it costs is measured as well
+(`cluster.check_loss`): that is no error of the ring.
 """
 
 import argparse
@@ -19,7 +22,8 @@ import numpy as np
 
 from actors.messages import CompletionOutput, RequestOutput
 from cluster.arguments import add_cluster_flags, cluster_options
-from cluster.llm import LLM
+from cluster.check_loss import Loss, as_json, describe, measure_loss, text_prompt
+from cluster.llm import LLM, Prompt
 from configs import load
 from models.config import read_model_config
 from models.errors import PromptError
@@ -30,6 +34,8 @@ PASSAGE_TOKENS = 24
 TOP = 10  # log-probabilities compared at every step
 # How far apart log-probabilities of the same sum in another order may be.
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+# The same where the last bit of a value may round it to another code.
+CODE_TOLERANCES = {"auto": 0.0, "int8": 0.05, "fp8": 0.2}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,12 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=32, help="of each answer (32)")
     parser.add_argument("--seed", type=int, default=0, help="other prompts for another seed")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="over which the loss of quantised KV is measured (the longest prompt)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     add_cluster_flags(parser)
     parser.set_defaults(run=run)
@@ -67,13 +79,16 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compare, print a verdict; return 0 only if the ring gives the model's own answers."""
     settings = cluster_options(options)
-    config = load(settings["config_file"], {"model": options.model}, settings["overrides"])
-    num_ranks = settings.pop("context_parallel_size", None) or config.context_parallel_size
+    flags = {key: settings[key] for key in settings.keys() - {"config_file", "overrides"}}
+    values = {"model": options.model, **flags}
+    config = load(settings["config_file"], values, settings["overrides"])
+    num_ranks = config.context_parallel_size
     if num_ranks < 2:
         raise PromptError("check compares one rank with a ring: give -cp 2 or more")
     vocab_size = read_model_config(Path(options.model)).vocab_size
     lengths = _lengths(options.lengths)
     prompts = [passages(length, vocab_size, options.seed) for length in lengths]
+    text = {"prompt_token_ids": prompts[-1]} if options.text is None else text_prompt(options.text)
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=0.0, ignore_eos=True, logprobs=TOP
     )
@@ -95,7 +110,18 @@ def run(options: argparse.Namespace) -> int:
         alone = alone or turns
     for left_out in lengths[len(alone) // 2 :]:
         _say(options, f"left out: {left_out} prompt tokens do not fit max_model_len on one rank")
-    return _report(options, compared, num_ranks, dtype)
+    loss = _loss(options, settings, config.kv_cache_dtype, text)
+    tolerance = max(TOLERANCES[dtype], CODE_TOLERANCES[config.kv_cache_dtype])
+    return _report(options, compared, num_ranks, dtype, tolerance, loss)
+
+
+def _loss(
+    options: argparse.Namespace, settings: dict[str, Any], kv_cache_dtype: str, text: Prompt
+) -> Loss | None:
+    if kv_cache_dtype == "auto":
+        return None
+    _say(options, f"measuring what kv_cache_dtype={kv_cache_dtype} costs ...")
+    return measure_loss(options.model, settings, text, kv_cache_dtype)
 
 
 def _two_turns(
@@ -169,9 +195,13 @@ def _gap(one: CompletionOutput, chosen: int, step: int) -> float:
 
 
 def _report(
-    options: argparse.Namespace, compared: Sequence[Comparison], num_ranks: int, dtype: str
+    options: argparse.Namespace,
+    compared: Sequence[Comparison],
+    num_ranks: int,
+    dtype: str,
+    tolerance: float,
+    loss: Loss | None,
 ) -> int:
-    tolerance = TOLERANCES[dtype]
     right = bool(compared) and all(entry.is_right(tolerance) for entry in compared)
     if options.json:
         report = {
@@ -181,6 +211,7 @@ def _report(
             "tolerance": tolerance,
             "exact": right,
             "prompts": [dataclasses.asdict(entry) for entry in compared],
+            "loss": as_json(loss),
         }
         print(json.dumps(report))
         return 0 if right else 1
@@ -194,6 +225,8 @@ def _report(
             f"{entry.algorithm:10}{entry.prompt_tokens:>8} {entry.cached_tokens:>8}"
             f" {tokens:>14} {entry.logprob_error:>20.1e}{note}"
         )
+    if loss is not None:
+        print(describe(loss))
     verdict = "gives this model's own answers" if right else "does NOT give this model's answers"
     print(f"{dtype}: a ring of {num_ranks} ranks {verdict} (tolerance {tolerance:g})")
     return 0 if right else 1

@@ -22,7 +22,7 @@ from models.errors import RingspanError
 
 MiB = 2**20
 PROBE_S = 5.0  # for a Ray head to accept a connection
-STOP_S = 10.0  # for the coordinator to end its ranks
+STOP_S = 20.0  # for the coordinator to flush its KV stores and to end its ranks
 # Ray carries plans and tokens only; its default would take 30 % of the memory.
 OBJECT_STORE_BYTES = 256 * MiB
 

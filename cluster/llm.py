@@ -182,6 +182,37 @@ class LLM:
         """Give up the KV of all answers that are complete: later prompts are computed anew."""
         self._cluster.ask("reset_prefix_cache", timeout_s=30.0)
 
+    def kv_stats(self) -> dict[str, Any]:
+        """Return counters and sizes of each host's KV store, by tier; None where one is lost.
+
+        Raises:
+            ClusterError: There is no KV store.
+        """
+        stats: dict[str, Any] = self._cluster.ask("ask_stores", "stats")
+        return stats
+
+    def kv_verify(self) -> dict[str, Any]:
+        """Verify all that the KV stores hold, drop what is bad, and return the counts of each host.
+
+        Raises:
+            ClusterError: There is no KV store.
+        """
+        counts: dict[str, Any] = self._cluster.ask("ask_stores", "verify")
+        return counts
+
+    def kv_clear(self, cache_salt: str | None = None) -> dict[str, Any]:
+        """Remove what the KV stores hold, on disk too, of one tenant or (None) of all.
+
+        Returns how many pieces each host has removed from each tier. Prompts without a
+        ``cache_salt`` are the tenant ``""``. What the device holds stays: see
+        `reset_prefix_cache`.
+
+        Raises:
+            ClusterError: There is no KV store.
+        """
+        counts: dict[str, Any] = self._cluster.ask("ask_stores", "clear", cache_salt)
+        return counts
+
     def start_trace(self) -> None:
         """Record what every rank does when, in the steps from now on.
 

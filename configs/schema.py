@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 MiB = 2**20
+GiB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,52 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KVStoreConfig:
+    """The KV store of each host: keys and values that outlive the device.
+
+    A tier's dtype of ``auto`` is what the device has, so nothing more is lost there.
+    """
+
+    # In shared memory, of each host; 0: no store. None: a quarter of its memory where it has
+    # GPUs, none where it computes on CPU.
+    host_memory_bytes: int | None = None
+    block_tokens: int = 256  # unit of what is stored, found, evicted and recomputed
+    tenant_share: float = 1.0  # of a host's store that one tenant may fill
+    lease_s: float = 300.0  # after which a place that nobody returned is free again
+    timeout_s: float = 5.0  # of a call to a store; after it the blocks are recomputed
+    restore_min_tokens: int = 256  # fewer are recomputed
+    # Of the cluster, by which tenants are kept apart. None: `ringspan` in the user's cache.
+    secret_file: str | None = None
+    disk_directory: str | None = None  # on each host; None: nothing is kept on disk
+    disk_bytes: int = 64 * GiB  # of each host
+    host_dtype: Literal["auto", "int8", "int4", "fp8"] = "auto"
+    remote_dtype: Literal["auto", "int8", "int4", "fp8"] = "auto"  # on its way to another host
+    disk_dtype: Literal["auto", "int8", "int4", "fp8"] = "auto"
+
+    def __post_init__(self) -> None:
+        _positive("kv_store", self, "lease_s", "timeout_s", "disk_bytes")
+        if self.host_memory_bytes is not None and self.host_memory_bytes < 0:
+            raise ValueError(
+                f"kv_store.host_memory_bytes must be >= 0, got {self.host_memory_bytes}"
+            )
+        if self.block_tokens < 16 or self.block_tokens % 16:
+            raise ValueError(
+                f"kv_store.block_tokens must be a multiple of 16, got {self.block_tokens}"
+            )
+        if not 0.0 < self.tenant_share <= 1.0:
+            raise ValueError(f"kv_store.tenant_share must be in (0, 1], got {self.tenant_share}")
+        if self.restore_min_tokens < 0:
+            raise ValueError(
+                f"kv_store.restore_min_tokens must be >= 0, got {self.restore_min_tokens}"
+            )
+        if self.host_memory_bytes == 0 and self.disk_directory is not None:
+            raise ValueError(
+                "kv_store.disk_directory needs kv_store.host_memory_bytes, got 0: blocks reach"
+                " the disk by way of the host's memory"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RayConfig:
     """Where the actors run."""
 
@@ -74,6 +121,8 @@ class Config:
     max_model_len: int | None = None  # tokens; None: the model's, or what the KV pages hold
     gpu_memory_utilization: float = 0.9  # share of a GPU for weights and KV pages
     kv_cache_memory_bytes: int | None = None  # per rank; None: what is free
+    # auto: as computed; the others take a byte a value, and are not exact.
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
     page_tokens: int = 256
     enable_prefix_caching: bool = True  # answers' KV is kept for prompts that begin alike
     max_num_seqs: int = 256  # answers that run at once
@@ -85,6 +134,7 @@ class Config:
     ring: RingConfig = field(default_factory=RingConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    kv_store: KVStoreConfig = field(default_factory=KVStoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ A step has sequences that are sharded over the ring, and sequences that lie whol
 rank. The rows of the sharded ones come first in every tensor, then those of the whole ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,15 +55,17 @@ class PrefillAttention:
         timer: PartTimer,
         *,
         last_layer: int | None,
+        before_layer: Callable[[int], object] = lambda layer: None,
     ) -> None:
         """Take the pool, grown already by this rank's new rows, and the ring's attention.
 
         ``around_ring`` may be None where nothing is sharded. ``last_layer`` is the layer
         whose only queries are the wanted ones of last tokens; None where every row's
-        output is wanted.
+        output is wanted. ``before_layer`` returns when a layer's earlier rows are there.
         """
         self._sharded = sharded
         self._whole = whole
+        self._before_layer = before_layer
         self._pool = pool
         self._ring = ring
         self._around_ring = around_ring
@@ -72,8 +74,10 @@ class PrefillAttention:
 
     def __call__(self, layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
         """See `models.decoder.LayerAttention`."""
+        self._before_layer(layer)
         counts = [rows.count for rows in (*self._sharded, *self._whole)]
         with self._timer("store"):
+            kv_TJD = self._pool.as_stored(kv_TJD)
             for rows, part_TJD in zip(
                 (*self._sharded, *self._whole), kv_TJD.split(counts), strict=True
             ):

@@ -7,9 +7,16 @@ is faster there at any number of rows. In 16 bit torch calls oneDNN itself.
 T = rows, O = outputs, I = inputs.
 """
 
+import os
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# oneDNN keeps code for every shape that it has met, and torch a record of each: up to 1024 of
+# both, which for prompts of all lengths are hundreds of MiB. Both are read at the first product.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
 
 # Torch's compiler calls it; no public function does in float32.
 _onednn = (

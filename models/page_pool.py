@@ -1,13 +1,34 @@
-"""The device memory for keys and values of one rank: a pool of pages, allocated once at start."""
+"""The device memory for keys and values of one rank: a pool of pages, allocated once at start.
 
-from collections.abc import Sequence
+Pages hold rows as they are computed, or codes of a byte a value beside pages of each row's
+largest magnitude (`attention.quantised`). Whatever is attended to, in the step that computes
+it or later, is what the pages give back: see `PagePool.as_stored`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attention import PagedBatch, PagedRows
-from attention.paged import copy_page, pages_shape, store_each, store_rows
-from models.page_table import CacheOp, PageTable
+from attention.paged import copy_page, load_rows, pages_shape, store_each, store_rows
+from attention.paged_quantised import QuantisedRows
+from attention.quantised import as_decoded, decode_rows, encode_rows
+from models.config import ModelConfig
+from models.page_table import CacheOp, Grow, PageTable
+
+KVCacheDtype = Literal["auto", "int8", "fp8"]  # auto: as computed
+
+
+def kv_bytes_per_token(
+    config: ModelConfig, dtype: torch.dtype, kv_cache_dtype: KVCacheDtype
+) -> int:
+    """Return the bytes that a token takes in the pages of all layers."""
+    row_bytes = config.head_dim * dtype.itemsize
+    if kv_cache_dtype != "auto":
+        row_bytes = config.head_dim + dtype.itemsize
+    return config.num_layers * 2 * config.num_kv_heads * row_bytes
 
 
 class PagePool:
@@ -26,18 +47,31 @@ class PagePool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
         """Allocate ``num_layers * 2 * num_pages`` pages of ``page_tokens`` tokens each."""
-        shape = pages_shape(
-            device,
-            num_pages=num_pages,
-            page_tokens=page_tokens,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-        )
+
+        def allocate(row_dim: int, page_dtype: torch.dtype) -> Tensor:
+            shape = pages_shape(
+                device,
+                num_pages=num_pages,
+                page_tokens=page_tokens,
+                num_kv_heads=num_kv_heads,
+                head_dim=row_dim,
+            )
+            # On CPU memory of `empty` is committed page by page as it is written.
+            return torch.empty((num_layers, 2, *shape), dtype=page_dtype, device=device)
+
         self.table = PageTable(num_pages=num_pages, page_tokens=page_tokens)
-        # On CPU memory of `empty` is committed page by page as it is written.
-        self._pages = torch.empty((num_layers, 2, *shape), dtype=dtype, device=device)
+        self.dtype, self.device = dtype, device
+        # Told which pages are about to be written anew, by whoever may still be reading them.
+        self.before_write: Callable[[set[int]], None] = lambda page_ids: None
+        self._encoding = None if kv_cache_dtype == "auto" else kv_cache_dtype
+        # Rows; or codes, and beside them each row's largest magnitude.
+        self._pages = allocate(head_dim, dtype if self._encoding is None else torch.uint8)
+        self._memories = [self._pages]
+        if self._encoding is not None:
+            self._memories.append(allocate(1, dtype))
 
     def apply(self, op: CacheOp, rank: int) -> None:
         """Execute an operation of the coordinator as this rank.
@@ -45,15 +79,55 @@ class PagePool:
         Raises:
             MemoryError: The pool has too few free pages; nothing is changed.
         """
+        held = set(self.table.run(op.sequence_id).page_ids) if isinstance(op, Grow) else set()
         copy = self.table.apply(op, rank)
+        if isinstance(op, Grow):
+            self.before_write(set(self.table.run(op.sequence_id).page_ids) - held)
         if copy is not None:
-            copy_page(self._pages, copy.source, copy.target, copy.num_rows)
+            for pages in self._memories:
+                copy_page(pages, copy.source, copy.target, copy.num_rows)
+
+    def as_stored(self, kv_TJD: Tensor) -> Tensor:
+        """Return new rows as they come back from the pages.
+
+        A step attends to these, so that a token's answer does not depend on which tokens
+        were computed beside it and which before.
+        """
+        return kv_TJD if self._encoding is None else as_decoded(self._encoding, kv_TJD)
 
     def store(self, layer: int, sequence_id: int, first_row: int, kv_TJD: Tensor) -> None:
         """Write one layer's new rows; ``kv_TJD`` holds keys' heads, then values' heads."""
         page_ids = self.table.run(sequence_id).page_ids
-        for pages, rows_TKD in zip(self._pages[layer], kv_TJD.chunk(2, dim=1), strict=True):
-            store_rows(pages, page_ids, first_row, rows_TKD)
+        for memory, part_TJD in zip(self._memories, self._encode(kv_TJD), strict=True):
+            for pages, rows_TKD in zip(memory[layer], part_TJD.chunk(2, dim=1), strict=True):
+                store_rows(pages, page_ids, first_row, rows_TKD)
+
+    def read_rows(
+        self, layer: int, page_ids: Sequence[int], first_row: int, out_2KSD: Tensor
+    ) -> None:
+        """Copy rows of a run with these pages: keys, then values, head by head."""
+        parts = [out_2KSD]
+        if self._encoding is not None:
+            parts = [
+                torch.empty(*out_2KSD.shape[:3], memory.shape[-1], dtype=memory.dtype)
+                for memory in self._memories
+            ]
+        for memory, part_2KSD in zip(self._memories, parts, strict=True):
+            for pages, part_KSD in zip(memory[layer], part_2KSD, strict=True):
+                load_rows(pages, page_ids, first_row, part_KSD.transpose(0, 1))
+        if self._encoding is not None:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            out_2KSD.copy_(decode_rows(self._encoding, *parts))
+
+    def write_rows(
+        self, layer: int, page_ids: Sequence[int], first_row: int, kv_2KSD: Tensor
+    ) -> None:
+        """Write rows of a run with these pages, as `read_rows` copies them."""
+        parts = (kv_2KSD,) if self._encoding is None else encode_rows(self._encoding, kv_2KSD)
+        for memory, part_2KSD in zip(self._memories, parts, strict=True):
+            for pages, rows_KSD in zip(memory[layer], part_2KSD, strict=True):
+                store_rows(pages, page_ids, first_row, rows_KSD.transpose(0, 1))
 
     def slots(self, rows: Sequence[tuple[int, int]]) -> Tensor:
         """Return where rows ``(sequence, row)`` lie in each layer's memory, for `store_at`."""
@@ -66,7 +140,8 @@ class PagePool:
 
     def store_at(self, layer: int, slots_T: Tensor, kv_TJD: Tensor) -> None:
         """Write one layer's new rows of any sequences, each where `slots` says."""
-        store_each(self._pages[layer], slots_T, kv_TJD)
+        for memory, part_TJD in zip(self._memories, self._encode(kv_TJD), strict=True):
+            store_each(memory[layer], slots_T, part_TJD)
 
     def batch(self, rows: Sequence[tuple[int, int]]) -> PagedBatch:
         """Return ``(sequence, rows)`` as attention with one query each reads them in any layer."""
@@ -75,10 +150,29 @@ class PagePool:
 
     def attend(self, layer: int, batch: PagedBatch, q_BHD: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(out_BHD, lse_BH)``: query b sees the rows of sequence b of the batch."""
-        k_pages, v_pages = self._pages[layer]
-        return batch.attend(q_BHD, k_pages, v_pages)
+        if self._encoding is None:
+            k_pages, v_pages = self._pages[layer]
+            return batch.attend(q_BHD, k_pages, v_pages)
+        partials = [
+            self._rows_in(layer, page_ids, num_rows).attend(q_1HD)
+            for (page_ids, num_rows), q_1HD in zip(batch.runs, q_BHD.split(1), strict=True)
+        ]
+        outs_1HD, lses_1H = zip(*partials, strict=True)
+        return torch.cat(outs_1HD), torch.cat(lses_1H)
 
     def rows(self, layer: int, sequence_id: int, num_rows: int) -> PagedRows:
         """Return the first rows of a sequence on this rank, as attention reads them."""
+        return self._rows_in(layer, self.table.run(sequence_id).page_ids, num_rows)
+
+    def _rows_in(self, layer: int, page_ids: Sequence[int], num_rows: int) -> PagedRows:
         k_pages, v_pages = self._pages[layer]
-        return PagedRows(k_pages, v_pages, self.table.run(sequence_id).page_ids, num_rows)
+        if self._encoding is None:
+            return PagedRows(k_pages, v_pages, page_ids, num_rows)
+        k_largest, v_largest = self._memories[1][layer]
+        return QuantisedRows(
+            k_pages, v_pages, page_ids, num_rows, k_largest, v_largest, self._encoding
+        )
+
+    def _encode(self, kv_TJD: Tensor) -> tuple[Tensor, ...]:
+        """Return what of new rows goes into each memory."""
+        return (kv_TJD,) if self._encoding is None else encode_rows(self._encoding, kv_TJD)

@@ -78,6 +78,16 @@ class Run:
             return 0
         return self._positions[-1] + self.num_rows - self._rows[-1]
 
+    def spans_between(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Return ``(position, row, count)`` of each piece of rows from one position to another."""
+        spans = []
+        ends = [*self._rows, self.num_rows][1:]
+        for position, row, end_row in zip(self._positions, self._rows, ends, strict=True):
+            first, last = max(start, position), min(end, position + end_row - row)
+            if first < last:
+                spans.append((first, row + first - position, last - first))
+        return spans
+
     def append(self, start: int, count: int) -> None:
         """Add rows of ``count`` positions from ``start`` on."""
         assert start >= self.end, "a run's rows ascend by position"

@@ -69,7 +69,7 @@ def load_weights(
     Raises:
         CheckpointError: The files are missing or damaged, or hold other tensors than `config` says.
     """
-    files = _weight_files(directory)
+    files = weight_files(directory)
     headers = _read_headers(files)
     family = FAMILIES[config.architecture]
     names = _names(family.tensors, headers)
@@ -227,7 +227,7 @@ def _sort_qkv_(layer: LayerWeights, head_dim: int) -> None:
             tensor.copy_(by_head.transpose(0, 1).flatten(0, 2))
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint, in order; all of them are there."""
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]

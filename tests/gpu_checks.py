@@ -29,6 +29,7 @@ from attention import (
     attend,
 )
 from attention.paged import copy_page, pages_shape, store_each, store_rows
+from attention.quantised import RowEncoding
 from attention.timing import PartTimer
 from models.draw import Filters, sample
 from models.needle_checkpoint import write_needle_checkpoint
@@ -245,6 +246,32 @@ def check_llama_equals_transformers(device: torch.device) -> None:
                 assert_greedy(checkpoint, prompt, cluster.generate(prompt))
 
 
+def check_quantised_kv(device: torch.device) -> None:
+    """A ring that reads codes in pages, chunk after chunk, answers as one prefill does."""
+    rng = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, 500, (300,), generator=rng).tolist()
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    encodings: tuple[RowEncoding, ...] = ("int8", "fp8")
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = write_llama_checkpoint(Path(directory))
+        for encoding in encodings:
+            with ThreadCluster(
+                checkpoint,
+                2,
+                device=_type(device),
+                kv_cache_dtype=encoding,
+                long_prefill_token_threshold=100,
+            ) as ring:
+                answer = ring.generate(prompt, params)
+            with ThreadCluster(
+                checkpoint, 1, device=_type(device), kv_cache_dtype=encoding
+            ) as alone:
+                logits_AV = alone.logits([*prompt, *answer])[len(prompt) - 1 : -1]
+            chosen_A = logits_AV.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+            # A last bit rounds some values to another code; what codes cost is far more.
+            assert (logits_AV.amax(1) - chosen_A).max() < 0.1
+
+
 def check_sampling_is_the_cpus(device: torch.device) -> None:
     """A seed draws the same tokens on every device."""
     logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
@@ -288,6 +315,7 @@ CHECKS: dict[str, Check] = {
         for dtype in dtypes
     },
     "check_llama_equals_transformers": check_llama_equals_transformers,
+    "check_quantised_kv": check_quantised_kv,
     "check_sampling_is_the_cpus": check_sampling_is_the_cpus,
     "check_memory_is_found": check_memory_is_found,
 }

@@ -1,10 +1,11 @@
 """A cluster without Ray: GPU workers as threads of one process, driven as the coordinator does."""
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from actors.device_cache import DeviceCache
 from actors.draws import BadWords
 from actors.generation import Generation
 from actors.messages import Plan, SequenceResult, StepResult, WorkerSpec
+from actors.offload import Offload
 from actors.plans import prefill_plan
 from actors.scheduler import Limits, Scheduler, Step
 from actors.worker import GPUWorker
@@ -22,9 +24,13 @@ from attention import PassKVAttention, Ring, RingSequence, ThreadRanks, Zigzag
 from attention.timing import PartTimer
 from models.config import read_model_config
 from models.layer_attention import NewRows, PrefillAttention
+from models.page_pool import KVCacheDtype
 from models.rates import Rates, model_shape
 from models.sampling import SamplingParams
 from tests.staged_ring import StagedRing
+
+if TYPE_CHECKING:  # it needs pyarrow, which computing does not
+    from tests.thread_stores import ThreadStores
 
 MiB = 2**20
 GREEDY_32 = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
@@ -46,6 +52,8 @@ class ThreadCluster:
         shares: bool = False,
         piece_bytes: int = 64 * MiB,
         follows: bool = False,
+        kv_cache_dtype: KVCacheDtype = "auto",
+        stores: "ThreadStores | None" = None,
         **settings: Any,
     ) -> None:
         """Bring the ranks up; on CUDA all of them share the first GPU.
@@ -61,7 +69,9 @@ class ThreadCluster:
         self._exit = ExitStack()
         self.ranks = self._exit.enter_context(ThreadRanks(num_ranks, piece_bytes=piece_bytes))
         self.workers = [
-            GPUWorker(_spec(checkpoint, rank, num_ranks, device, page_tokens, piece_bytes))
+            GPUWorker(
+                _spec(checkpoint, rank, num_ranks, device, page_tokens, piece_bytes, kv_cache_dtype)
+            )
             for rank in range(num_ranks)
         ]
 
@@ -89,7 +99,9 @@ class ThreadCluster:
                     **settings,
                 }
             ),
+            None if stores is None else Offload(stores.keys, stores.restore_min_tokens),
         )
+        self.finder = None if stores is None else stores.attach(self.workers)
 
     def generate(
         self,
@@ -145,6 +157,8 @@ class ThreadCluster:
         done: list[tuple[Step, list[StepResult]]] = []
         while max_steps is None or len(done) < max_steps:
             step = self.scheduler.next_step()
+            if self._ask_stores() and step is None:
+                continue
             if step is None:
                 break
             while step is not None:
@@ -158,6 +172,22 @@ class ThreadCluster:
                 done.append((step, results))
                 step = following
         return done
+
+    def flush(self) -> None:
+        """Wait until all finished blocks are in the KV stores."""
+        assert all(worker.flush_store(20.0) for worker in self.workers)
+
+    def _ask_stores(self) -> bool:
+        """Look up and give back what the scheduler wants; return whether anything was looked up."""
+        offload = self.scheduler.offload
+        if offload is None or self.finder is None:
+            return False
+        for stored in offload.take_returned():
+            asyncio.run(self.finder.release(stored))
+        lookups = offload.take_lookups()
+        for lookup in lookups:
+            self.scheduler.found(lookup, asyncio.run(self.finder.find(lookup)))
+        return bool(lookups)
 
     def check_invariants(self) -> None:
         """Assert that the coordinator's tables are the ranks' own, and that nothing is lost."""
@@ -229,6 +259,7 @@ def _spec(
     device: Literal["cpu", "cuda"],
     page_tokens: int,
     piece_bytes: int,
+    kv_cache_dtype: KVCacheDtype,
 ) -> WorkerSpec:
     return WorkerSpec(
         rank=rank,
@@ -236,6 +267,7 @@ def _spec(
         checkpoint=str(checkpoint),
         device=device,
         dtype="auto",
+        kv_cache_dtype=kv_cache_dtype,
         page_tokens=page_tokens,
         piece_bytes=piece_bytes,
         threads=1,

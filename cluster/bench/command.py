@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from cluster.bench import choice, conversation, prediction, requests, runs, speed
+from cluster.bench import (
+    choice,
+    conversation,
+    offload,
+    prediction,
+    requests,
+    runs,
+    speed,
+    tiers,
+)
 from cluster.launch import connect_ray, disconnect_ray
 from models.errors import PromptError
 from models.needle_checkpoint import write_needle_checkpoint
@@ -36,9 +45,10 @@ class Kind:
 
     what: str
     add_flags: Callable[[argparse.ArgumentParser], None]
-    # Options, checkpoint, directory for measured rates: what to add to the report.
+    # Options, checkpoint, directory for measured rates or files: what to add to the report.
     measure: Callable[[argparse.Namespace, Path, Path], dict[str, Any]]
     table: Callable[[dict[str, Any]], str]
+    has_model: bool = True  # else it takes no --model, starts no Ray, and gets no checkpoint
 
 
 KINDS = {
@@ -73,11 +83,24 @@ KINDS = {
         requests.measure,
         requests.table,
     ),
+    "offload": Kind(
+        "steps with and without write-behind, and a prompt from the KV store or computed anew",
+        offload.add_flags,
+        offload.measure,
+        runs.ratio_table,
+    ),
     "prediction": Kind(
         "predicted against measured seconds, over new and cached tokens",
         prediction.add_flags,
         prediction.measure,
         prediction.table,
+    ),
+    "kv": Kind(
+        "tiers of the KV store against memcpy, TCP and read(); start of a disk tier",
+        tiers.add_flags,
+        tiers.measure,
+        tiers.table,
+        has_model=False,
     ),
 }
 
@@ -88,7 +111,10 @@ def add_command(commands: Any) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, kind in KINDS.items():
         bench = kinds.add_parser(name, help=kind.what)
-        bench.add_argument("--model", default="width768", help="width768, needle, or a checkpoint")
+        if kind.has_model:
+            bench.add_argument(
+                "--model", default="width768", help="width768, needle, or a checkpoint"
+            )
         kind.add_flags(bench)
         bench.add_argument("--json", action="store_true", help="print JSON, for programs")
         bench.add_argument("--output", type=Path, metavar="DIR", help="write JSON and a picture")
@@ -102,18 +128,11 @@ def run(options: argparse.Namespace) -> int:
         if hasattr(options, name):
             setattr(options, name, read(name, getattr(options, name)))
     with tempfile.TemporaryDirectory(prefix="ringspan-bench-") as directory:
-        checkpoint = _checkpoint(options.model, Path(directory) / "model")
-        owns_ray = connect_ray(None)
-        try:
-            # Rates are measured now: those of an earlier start may be of a busy machine.
-            results = kind.measure(options, checkpoint, Path(directory) / "profile")
-        finally:
-            if owns_ray:
-                disconnect_ray()
+        results = _measure(kind, options, Path(directory))
     report = {
         "benchmark": f"ringspan bench {options.kind}",
         "kind": options.kind,
-        "model": options.model,
+        **({"model": options.model} if kind.has_model else {}),
         "repeats": options.repeats,
         "machine": _machine(),
         **results,
@@ -124,11 +143,25 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _measure(kind: Kind, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    if not kind.has_model:
+        return kind.measure(options, directory / "model", directory / "scratch")
+    checkpoint = _checkpoint(options.model, directory / "model")
+    owns_ray = connect_ray(None)
+    try:
+        # Rates are measured now: those of an earlier start may be of a busy machine.
+        return kind.measure(options, checkpoint, directory / "profile")
+    finally:
+        if owns_ray:
+            disconnect_ray()
+
+
 def _write(report: dict[str, Any], options: argparse.Namespace) -> None:
     from cluster.bench.picture import draw
 
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / f"{options.kind}_{Path(options.model).name}"
+    of_model = f"_{Path(options.model).name}" if "model" in report else ""
+    stem = options.output / f"{options.kind}{of_model}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     stem.with_suffix(".txt").write_text(KINDS[options.kind].table(report) + "\n")
     draw(report, stem.with_suffix(".png"))
@@ -164,9 +197,9 @@ def read_counts(name: str, text: str, *, least: int = 1) -> list[int]:
     try:
         counts = [int(word) for word in text.split(",")]
     except ValueError:
-        raise PromptError(f"--{name} must be integers with commas, got {text!r}") from None
-    if min(counts) < least:
-        raise PromptError(f"--{name} must be >= {least}, got {min(counts)}")
+        flag = name.replace("_", "-")
+        raise PromptError(f"--{flag} must be integers with commas, got {text!r}") from None
+    read_count(name, min(counts), least=least)
     return list(dict.fromkeys(counts))
 
 
@@ -211,6 +244,9 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "cached": lambda name, text: read_counts(name, text, least=0),
     "miss": read_percents,
     "repeats": read_count,
+    "sizes_mib": read_counts,
+    "pass_mib": read_count,
+    "blocks": read_count,
     "steps": read_count,
     "tokens": read_count,
     "new_tokens": read_count,

@@ -130,6 +130,7 @@ class Ours:
         algorithm: str = "auto",
         decode_rides: bool = True,
         chunked: bool = False,
+        store_bytes: int = 0,
     ) -> None:
         """Bring a cluster up.
 
@@ -145,6 +146,7 @@ class Ours:
             decode_rides: ``scheduler.decode_rides``.
             chunked: Prompts are prefilled in chunks, as they are served; else each in one step,
                 whose price and parts can be compared.
+            store_bytes: ``kv_store.host_memory_bytes``.
         """
         self.name = name
         self._keeps = keeps
@@ -163,12 +165,21 @@ class Ours:
             max_num_batched_tokens=8192 if chunked else max(8192, max_tokens),
             scheduler=scheduler,
             profile={"directory": str(profile)},
+            kv_store={"host_memory_bytes": store_bytes},
         )
         self._pids = [worker.pid for worker in self.llm.info.workers]
 
     def prefill(self, token_ids: Sequence[int]) -> Measured:
         """Compute a prompt and its first token."""
         return self._prefill(token_ids, 1)[0]
+
+    def first_token(self, token_ids: Sequence[int]) -> Measured:
+        """Return the time from a prompt's arrival to its first token, on empty devices."""
+        self.llm.reset_prefix_cache()
+        self._reset_peak()
+        output = self._run(token_ids, 1)
+        parts = _parts_s(output.steps[0])
+        return Measured(output.metrics.ttft_s, self._peak_bytes(), parts, output.steps)
 
     def decode(self, token_ids: Sequence[int], steps: int) -> Measured:
         """Return the mean time of one greedy decode step behind a prompt."""

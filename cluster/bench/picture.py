@@ -28,7 +28,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     _DRAWINGS[report["kind"]](report, axes)
     machine = report["machine"]
-    axes.set_title(f"{report['benchmark']}: {report['model']}\n{machine['cpu']}, {machine['date']}")
+    model = f": {report['model']}" if "model" in report else ""
+    axes.set_title(f"{report['benchmark']}{model}\n{machine['cpu']}, {machine['date']}")
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=_COLUMNS.get(report["kind"], 4))
     figure.savefig(path, dpi=110)
@@ -120,6 +121,31 @@ def _draw_requests(report: dict[str, Any], axes: Axes) -> None:
     axes.set_ylabel("waits that were at most so long, %")
 
 
+def _draw_kv(report: dict[str, Any], axes: Axes) -> None:
+    """Bars of each tier's share of its yardstick, for each size of piece, and the goals."""
+    shares = report["shares"]
+    tiers = list(dict.fromkeys(share["of"] for share in shares))
+    sizes = list(dict.fromkeys(share["size_mib"] for share in shares))
+    width = 0.8 / len(sizes)
+    for index, size_mib in enumerate(sizes):
+        of_size = [share for share in shares if share["size_mib"] == size_mib]
+        places = [i + (index - (len(sizes) - 1) / 2) * width for i in range(len(of_size))]
+        bars = axes.bar(
+            places, [share["median"] for share in of_size], width, label=f"pieces of {size_mib} MiB"
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    goals = [next(share for share in shares if share["of"] == tier) for tier in tiers]
+    axes.hlines(
+        [goal["goal"] for goal in goals],
+        [i - 0.45 for i in range(len(goals))],
+        [i + 0.45 for i in range(len(goals))],
+        color="black",
+        label="goal",
+    )
+    axes.set_xticks(range(len(goals)), [f"{goal['of']}\nof {goal['over']}" for goal in goals])
+    axes.set_ylabel("share of the yardstick's bandwidth, median")
+
+
 def _draw_runs(axes: Axes, places: list[float], runs: list[dict[str, Any]], label: str) -> Any:
     times = [run["median_s"] for run in runs]
     return axes.errorbar(places, times, yerr=_spread(runs), marker="o", capsize=3, label=label)
@@ -138,5 +164,6 @@ _DRAWINGS: dict[str, Callable[[dict[str, Any], Axes], None]] = {
     "choice": _draw_choice,
     "prediction": _draw_prediction,
     "requests": _draw_requests,
+    "kv": _draw_kv,
 }
 _COLUMNS = {"requests": 2}  # of the legend

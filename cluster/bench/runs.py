@@ -81,9 +81,10 @@ def paired_ratios(entries: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> l
 
 
 def heading(report: dict[str, Any]) -> str:
-    """Return what was measured, of which model, where."""
+    """Return what was measured, of which model if of any, where."""
     new = f", {report['new_tokens']} new tokens" if "new_tokens" in report else ""
-    return f"{report['benchmark']}{new}, model {report['model']}, {report['machine']['cpu']}"
+    model = f", model {report['model']}" if "model" in report else ""
+    return f"{report['benchmark']}{new}{model}, {report['machine']['cpu']}"
 
 
 def ratio_table(report: dict[str, Any]) -> str:

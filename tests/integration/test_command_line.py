@@ -153,6 +153,27 @@ def test_check_gives_a_verdict(needle: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.usefixtures("shared_ray")
+def test_check_measures_what_quantised_kv_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the ring's verdict, which is about the same KV on both sides."""
+    checkpoint = write_llama_checkpoint(tmp_path)
+    command = ["check", str(checkpoint), "-cp", "2", "--lengths", "5,300", "--max-tokens", "8"]
+    command += ["--kv-cache-dtype", "int8", "ring.algorithm=pass_kv"]
+
+    assert main([*command, "--json"]) == 0
+
+    report = json.loads(capsys.readouterr().out)
+    assert report["exact"] is True
+    loss = report["loss"]
+    assert loss["exactness"] == "device=int8,host=int8,remote=int8,disk=int8"
+    assert loss["positions"] == 299
+    assert 0.0 < loss["rms_logit_error"] < 0.5
+    assert loss["max_logit_error"] < 3.0
+    assert 0.8 < loss["top1_agreement"] <= 1.0
+
+
+@pytest.mark.usefixtures("shared_ray")
 def test_bench_decode_measures_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
     """Ours and transformers in one run, with where the time went."""
     command = ["bench", "decode", "--model", "needle", "--lengths", "64", "--repeats", "1"]

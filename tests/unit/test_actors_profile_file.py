@@ -19,7 +19,12 @@ from actors.profile_file import (
 from tests.unit.test_models_prices import CPU, TINY
 
 FACTS = ProfileFacts(
-    devices=("AMD EPYC, 2 cores",) * 2, hosts=(0, 0), threads=1, dtype="float32", model=TINY
+    devices=("AMD EPYC, 2 cores",) * 2,
+    hosts=(0, 0),
+    threads=1,
+    dtype="float32",
+    kv_cache_dtype="auto",
+    model=TINY,
 )
 
 
@@ -44,6 +49,7 @@ def test_rates_are_found_again(file: ProfileFile) -> None:
         {"hosts": (0, 1)},
         {"threads": 2},
         {"dtype": "bfloat16"},
+        {"kv_cache_dtype": "int8"},
         {"torch": "2.0"},
         {"model": dataclasses.replace(TINY, num_layers=5)},
     ],

@@ -1,12 +1,15 @@
 """What `ringspan check` compares, and when it says that a ring is wrong."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from actors.messages import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from cluster.check import PASSAGE_TOKENS, Comparison, compare, passages
+from cluster.check_loss import Loss, compare_predictions, describe, text_prompt
+from models.errors import PromptError
 
 
 def output(token_ids: tuple[int, ...], steps: list[dict[int, float]]) -> RequestOutput:
@@ -80,3 +83,73 @@ def test_passages_return_far_from_where_they_stood(length: int) -> None:
 
 def test_a_comparison_is_json() -> None:
     assert dataclasses.asdict(compare(ALONE, ALONE, "pass_q"))["logprob_error"] == 0.0
+
+
+def predictions(*positions: dict[int, float]) -> list[dict[int, Logprob] | None]:
+    """Log-probabilities of a prompt's tokens, as a request tells them; none of the first one."""
+    listed: list[dict[int, Logprob] | None] = [None]
+    for position in positions:
+        order = sorted(position, key=position.__getitem__, reverse=True)
+        listed.append(
+            {
+                token_id: Logprob(logprob=value, rank=1 + order.index(token_id), decoded_token=None)
+                for token_id, value in position.items()
+            }
+        )
+    return listed
+
+
+def test_loss_is_what_predictions_differ_by() -> None:
+    """At every position, over the tokens that both list."""
+    exact = predictions({5: -4.0, 7: -0.1, 9: -3.0}, {8: -0.5, 6: -0.6})
+    lossy = predictions({5: -4.3, 7: -0.1, 9: -3.0}, {8: -0.9, 6: -0.6})
+
+    assert compare_predictions("device=int8", exact, lossy) == Loss(
+        exactness="device=int8",
+        positions=2,
+        max_logit_error=pytest.approx(0.4),  # type: ignore[arg-type]
+        rms_logit_error=pytest.approx((0.25 / 5) ** 0.5),  # type: ignore[arg-type]
+        top1_agreement=0.5,
+    )
+
+
+def test_exact_predictions_lose_nothing() -> None:
+    same = predictions({5: -4.0, 7: -0.1})
+
+    assert compare_predictions("lossless", same, same) == Loss("lossless", 1, 0.0, 0.0, 1.0)
+
+
+def test_token_that_fell_off_the_list_counts() -> None:
+    """It became at least as unlikely as the least likely one there: the largest errors of all."""
+    exact = predictions({7: -0.1, 9: -3.0})
+    lossy = predictions({7: -0.1, 4: -8.0})
+
+    assert compare_predictions("device=fp8", exact, lossy).max_logit_error == pytest.approx(5.0)
+
+
+def test_the_prompts_own_token_bounds_nothing() -> None:
+    """It is listed even as the unlikeliest of all, far below those that fell off the list."""
+    own = Logprob(logprob=-30.0, rank=500, decoded_token=None)
+    best = {7: Logprob(logprob=-0.1, rank=1, decoded_token=None)}
+    worst = Logprob(logprob=-8.0, rank=20, decoded_token=None)
+    other = Logprob(logprob=-7.5, rank=20, decoded_token=None)
+
+    loss = compare_predictions(
+        "device=int8", [best | {3: own, 4: other}], [best | {3: own, 5: worst}]
+    )
+
+    assert loss.max_logit_error == pytest.approx(0.5)
+
+
+def test_loss_is_one_line() -> None:
+    text = describe(Loss("device=int8", 4096, 0.5, 0.0123, 0.9975))
+
+    assert text == (
+        "device=int8: over 4096 positions logits are off by 0.012 (RMS), 0.5 at most; 99.75% have"
+        " the same likeliest token"
+    )
+
+
+def test_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="cannot read the text"):
+        text_prompt(tmp_path / "absent")

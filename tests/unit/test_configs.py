@@ -155,6 +155,10 @@ def test_value_of_a_wrong_type_is_refused(override: str, message: str) -> None:
     [
         ("device=tpu", "['auto', 'cpu', 'cuda']"),
         ("dtype=fp16", "['auto', 'float32', 'bfloat16', 'float16']"),
+        ("kv_cache_dtype=int4", "['auto', 'int8', 'fp8']"),
+        ("kv_store.host_dtype=int2", "['auto', 'int8', 'int4', 'fp8']"),
+        ("kv_store.remote_dtype=raw", "['auto', 'int8', 'int4', 'fp8']"),
+        ("kv_store.disk_dtype=bfloat16", "['auto', 'int8', 'int4', 'fp8']"),
         (
             "ring.algorithm=pass_k",
             "['auto', 'pass_kv', 'pass_q', 'algorithm_1', 'algorithm_5', 'empirical']",
@@ -191,6 +195,17 @@ def test_value_that_is_no_choice_is_refused(override: str, choices: str) -> None
         ("page_tokens=300", "page_tokens must be a multiple of 256, got 300"),
         ("max_logprobs=-2", "max_logprobs must be >= -1, got -2"),
         ("threads_per_rank=-1", "threads_per_rank must be >= 0, got -1"),
+        ("kv_store.host_memory_bytes=-1", "kv_store.host_memory_bytes must be >= 0, got -1"),
+        ("kv_store.block_tokens=0", "kv_store.block_tokens must be a multiple of 16, got 0"),
+        ("kv_store.block_tokens=-16", "kv_store.block_tokens must be a multiple of 16, got -16"),
+        ("kv_store.block_tokens=100", "kv_store.block_tokens must be a multiple of 16, got 100"),
+        ("kv_store.tenant_share=0", "kv_store.tenant_share must be in (0, 1], got 0.0"),
+        ("kv_store.tenant_share=1.5", "kv_store.tenant_share must be in (0, 1], got 1.5"),
+        ("kv_store.tenant_share=.nan", "kv_store.tenant_share must be in (0, 1], got nan"),
+        ("kv_store.lease_s=0", "kv_store.lease_s must be greater than 0 and finite, got 0.0"),
+        ("kv_store.timeout_s=0", "kv_store.timeout_s must be greater than 0 and finite, got 0.0"),
+        ("kv_store.disk_bytes=0", "kv_store.disk_bytes must be greater than 0 and finite, got 0"),
+        ("kv_store.restore_min_tokens=-1", "kv_store.restore_min_tokens must be >= 0, got -1"),
         ("ring.piece_bytes=0", "ring.piece_bytes must be greater than 0 and finite, got 0"),
         ("ring.timeout_s=-1", "ring.timeout_s must be greater than 0 and finite, got -1.0"),
         ("ring.heartbeat_s=0", "ring.heartbeat_s must be greater than 0 and finite, got 0.0"),
@@ -212,6 +227,15 @@ def test_value_that_is_no_choice_is_refused(override: str, choices: str) -> None
 def test_value_outside_its_range_is_refused(override: str, message: str) -> None:
     """Where it is read, and not by an actor on another machine."""
     assert refusal(overrides=[override]) == message
+
+
+def test_disk_without_a_store_is_refused() -> None:
+    """Somebody who names a directory expects that something is kept there."""
+    overrides = ["kv_store.host_memory_bytes=0", "kv_store.disk_directory=/var/kv"]
+
+    assert refusal(overrides=overrides).startswith(
+        "kv_store.disk_directory needs kv_store.host_memory_bytes, got 0"
+    )
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf"])

@@ -13,7 +13,8 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from models.page_pool import PagePool
+from attention.paged_quantised import _BLOCK_ROWS
+from models.page_pool import KVCacheDtype, PagePool
 from models.page_table import Fork, Grow, Truncate
 from tests.reference import random_qkv, softmax_attention
 
@@ -21,7 +22,7 @@ LAYERS, PAGES, PAGE = 2, 6, 4
 sequence_ids = st.integers(0, 3)
 
 
-def make_pool(num_pages: int = PAGES) -> PagePool:
+def make_pool(num_pages: int = PAGES, kv_cache_dtype: KVCacheDtype = "auto") -> PagePool:
     return PagePool(
         num_layers=LAYERS,
         num_pages=num_pages,
@@ -30,7 +31,19 @@ def make_pool(num_pages: int = PAGES) -> PagePool:
         head_dim=8,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        kv_cache_dtype=kv_cache_dtype,
     )
+
+
+def quantised(rows: Tensor, kv_cache_dtype: KVCacheDtype) -> Tensor:
+    """Return rows as a pool of this dtype gives them back, row by row and in plain float64."""
+    if kv_cache_dtype == "auto":
+        return rows
+    largest = rows.double().abs().amax(-1, keepdim=True)
+    if kv_cache_dtype == "int8":
+        return ((rows.double() / largest * 127).round() / 127 * largest).float()
+    codes = (rows.double() / largest * 448).float().to(torch.float8_e4m3fn)
+    return (codes.double() / 448 * largest).float()
 
 
 def random_kv(num_rows: int, seed: int) -> list[Tensor]:
@@ -55,9 +68,11 @@ def attend(pool: PagePool, layer: int, sequence_id: int, q_THD: Tensor) -> tuple
 class PagePoolMachine(RuleBasedStateMachine):
     """The pool against a dict that keeps every sequence's rows in a tensor of its own."""
 
+    kv_cache_dtype: KVCacheDtype = "auto"
+
     def __init__(self) -> None:
         super().__init__()
-        self.pool = make_pool()
+        self.pool = make_pool(kv_cache_dtype=self.kv_cache_dtype)
         self.rows: dict[int, list[Tensor]] = {}
         self.draws = 0
 
@@ -72,6 +87,7 @@ class PagePoolMachine(RuleBasedStateMachine):
                 append(self.pool, sequence_id, kv)
             return
         append(self.pool, sequence_id, kv)
+        kv = [quantised(rows, self.kv_cache_dtype) for rows in kv]
         old = self.rows.get(sequence_id, random_kv(0, 0))
         if count:
             self.rows[sequence_id] = [torch.cat(pair) for pair in zip(old, kv, strict=True)]
@@ -105,16 +121,57 @@ class PagePoolMachine(RuleBasedStateMachine):
         torch.testing.assert_close(out.double(), expected_out, rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=2e-6)
 
+    @precondition(lambda self: self.rows)
+    @rule(layer=st.integers(0, LAYERS - 1))
+    def attend_each(self, layer: int) -> None:
+        """One query each, of sequences without rows too: as in decode."""
+        q_BHD, _, _ = random_qkv(4, 1, head_dim=8)
+        runs = [(each, self.pool.table.run(each).num_rows) for each in range(4)]
+        out, lse = self.pool.attend(layer, self.pool.batch(runs), q_BHD)
+        for each in range(4):
+            k_SKD, v_SKD = self.rows.get(each, random_kv(0, 0))[layer].chunk(2, dim=1)
+            expected = softmax_attention(q_BHD[each : each + 1], k_SKD, v_SKD)
+            torch.testing.assert_close(
+                (out[each : each + 1].double(), lse[each : each + 1].double()),
+                expected,
+                rtol=1e-5,
+                atol=2e-6,
+            )
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), layer=st.integers(0, LAYERS - 1))
+    def copy_rows(self, data: st.DataObject, layer: int) -> None:
+        """What travels round the ring are rows of the model's dtype."""
+        sequence_id = data.draw(st.sampled_from(sorted(self.rows)))
+        rows_SJD = self.rows[sequence_id][layer]
+        first = data.draw(st.integers(0, len(rows_SJD)))
+        copied = torch.empty_like(rows_SJD[first:])
+        self.pool.rows(layer, sequence_id, len(rows_SJD)).copy_into(first, copied)
+        torch.testing.assert_close(copied, rows_SJD[first:], rtol=1e-6, atol=0)
+
     @invariant()
     def every_page_is_accounted_for(self) -> None:
         self.pool.table.check_invariants()
         assert self.pool.table.sequence_ids() == self.rows.keys()
 
 
-def test_any_series_of_steps_keeps_rows_and_leaks_no_page() -> None:
+class Int8PoolMachine(PagePoolMachine):
+    kv_cache_dtype: KVCacheDtype = "int8"
+
+
+class FP8PoolMachine(PagePoolMachine):
+    kv_cache_dtype: KVCacheDtype = "fp8"
+
+
+@pytest.mark.parametrize(
+    ("machine", "max_examples"), [(PagePoolMachine, 40), (Int8PoolMachine, 15), (FP8PoolMachine, 8)]
+)
+def test_any_series_of_steps_keeps_rows_and_leaks_no_page(
+    machine: type[PagePoolMachine], max_examples: int
+) -> None:
     """Sequences come, fork, grow, are refused, cut and go in any order."""
     run_state_machine_as_test(
-        PagePoolMachine, settings=settings(deadline=None, max_examples=40, stateful_step_count=25)
+        machine, settings=settings(deadline=None, max_examples=max_examples, stateful_step_count=25)
     )
 
 
@@ -138,3 +195,57 @@ def test_sequence_without_rows_attends_to_nothing() -> None:
 
     assert torch.equal(out, torch.zeros(1, 4, 8))
     assert torch.equal(lse, torch.full((1, 4), -torch.inf))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8", "fp8"])
+def test_step_attends_to_what_is_stored(dtype: KVCacheDtype) -> None:
+    """Bit for bit: a token's answer must not depend on which tokens came in its step."""
+    pool = make_pool(kv_cache_dtype=dtype)
+    kv_TJD = random_kv(6, 0)[0]
+
+    new = pool.as_stored(kv_TJD)
+    append(pool, 0, [new] * LAYERS)
+    append(pool, 1, [kv_TJD] * LAYERS)
+
+    for sequence_id in (0, 1):
+        stored = torch.empty_like(new)
+        pool.rows(0, sequence_id, 6).copy_into(0, stored)
+        assert torch.equal(stored, new)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_rows_of_single_tokens_are_stored_as_those_of_many(dtype: KVCacheDtype) -> None:
+    """Decode writes each row to its slot, prefill a run at once."""
+    kv = random_kv(6, 0)
+    pool = make_pool(kv_cache_dtype=dtype)
+    append(pool, 0, kv)
+    pool.apply(Grow(sequence_id=1, spans_by_rank=(((0, 6),),)), 0)
+    order = [4, 0, 5, 2, 1, 3]
+    for layer in range(LAYERS):
+        pool.store_at(layer, pool.slots([(1, row) for row in order]), kv[layer][order])
+
+    for layer in range(LAYERS):
+        first, second = torch.empty(2, 6, 4, 8)
+        pool.rows(layer, 0, 6).copy_into(0, first)
+        pool.rows(layer, 1, 6).copy_into(0, second)
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("num_rows", [_BLOCK_ROWS - 1, _BLOCK_ROWS, 2 * _BLOCK_ROWS + 3])
+def test_long_runs_are_decoded_block_by_block(num_rows: int) -> None:
+    """Blocks leave out no row at their edges, from any first row on."""
+    pool = make_pool(num_pages=num_rows // PAGE + 1, kv_cache_dtype="int8")
+    kv = random_kv(num_rows, 0)
+    append(pool, 0, kv)
+    rows = pool.rows(1, 0, num_rows)
+    expected = quantised(kv[1], "int8")
+    q_THD, _, _ = random_qkv(2, 1, head_dim=8)
+
+    copied = torch.empty_like(expected[1:])
+    rows.copy_into(1, copied)
+    torch.testing.assert_close(copied, expected[1:], rtol=1e-6, atol=0)
+    for first, end in ((0, num_rows), (5, num_rows - 1)):
+        out, lse = rows.attend(q_THD, rows=(first, end))
+        k_SKD, v_SKD = expected[first:end].chunk(2, dim=1)
+        reference = softmax_attention(q_THD, k_SKD, v_SKD)
+        torch.testing.assert_close((out.double(), lse.double()), reference, rtol=1e-5, atol=3e-6)

@@ -19,6 +19,7 @@ from tests.checkpoints import write_llama_checkpoint
 from tests.oracle import assert_greedy
 from tests.rates import FREE_RING, NARROW_HOPS, SLOW_RING
 from tests.thread_cluster import ThreadCluster
+from tests.thread_stores import ThreadStores
 
 PAGE = 16
 RULES: list[tuple[Rule, Rates | None]] = [
@@ -130,8 +131,15 @@ def check_mix(
     num_pages: int,
     clear_before: int,
     limits: dict[str, Any],
+    stores: ThreadStores | None = None,
+    damages: int = 0,
 ) -> None:
-    """Answer batches of requests in a small pool, and compare each with itself alone."""
+    """Answer batches of requests in a small pool, and compare each with itself alone.
+
+    With stores the device is cleared before each batch, and so many bits of what was stored
+    are flipped.
+    """
+    rng = np.random.default_rng(clear_before)
     with ThreadCluster(
         checkpoint,
         num_ranks,
@@ -143,12 +151,16 @@ def check_mix(
         piece_bytes=2048,
         burst_steps=5,
         decode_block_tokens=4,
+        stores=stores,
         **limits,
     ) as cluster:
         mix = Mix(checkpoint, cluster)
         for number, batch in enumerate(batches):
-            if number == clear_before:
+            if number == clear_before or stores is not None:
                 cluster.cache.clear()
+            if stores is not None:
+                cluster.flush()
+                stores.flip_bits(rng, damages)
             for ask in batch:
                 mix.ask(ask)
             mix.finish()
@@ -156,15 +168,18 @@ def check_mix(
         cluster.check_invariants()
         for worker in cluster.workers:
             assert worker._pool.table.num_free_pages == num_pages
+        if stores is not None:
+            cluster.flush()
+            stores.check_all_returned()
 
 
-mixes = given(
-    num_ranks=st.integers(1, 4),
-    rule=st.sampled_from(RULES),
-    batches=st.lists(st.lists(asks, min_size=1, max_size=4), min_size=1, max_size=5),
-    num_pages=st.sampled_from([14, 40]),
-    clear_before=st.integers(0, 8),
-    limits=st.fixed_dictionaries(
+MIX: dict[str, st.SearchStrategy[Any]] = {
+    "num_ranks": st.integers(1, 4),
+    "rule": st.sampled_from(RULES),
+    "batches": st.lists(st.lists(asks, min_size=1, max_size=4), min_size=1, max_size=5),
+    "num_pages": st.sampled_from([14, 40]),
+    "clear_before": st.integers(0, 8),
+    "limits": st.fixed_dictionaries(
         {
             "max_num_batched_tokens": st.sampled_from([40, 70, 8192]),
             "max_num_seqs": st.sampled_from([2, 100]),
@@ -174,7 +189,8 @@ mixes = given(
             "step_target_s": st.sampled_from([math.inf, 1e-6]),
         }
     ),
-)
+}
+mixes = given(**MIX)
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
@@ -191,6 +207,48 @@ def test_any_mix_of_requests_equals_each_alone(
 ) -> None:
     """Whatever is shared, cut, evicted, preempted, cancelled and chosen; no page is lost."""
     check_mix(checkpoint, num_ranks, rule, batches, num_pages, clear_before, limits)
+
+
+stored_mixes = given(
+    num_hosts=st.integers(1, 2),
+    capacity_bytes=st.sampled_from([100_000, 16 * 2**20]),
+    block_tokens=st.sampled_from([16, 32]),
+    damages=st.sampled_from([0, 0, 1, 8]),
+    **MIX,
+)
+
+
+def check_stored_mix(
+    checkpoint: Path,
+    num_hosts: int,
+    capacity_bytes: int,
+    block_tokens: int,
+    damages: int,
+    **mix: Any,
+) -> None:
+    with ThreadStores(
+        checkpoint,
+        num_hosts=num_hosts,
+        capacity_bytes=capacity_bytes,
+        block_tokens=block_tokens,
+    ) as stores:
+        check_mix(checkpoint, stores=stores, damages=damages, **mix)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=SLOW)
+@stored_mixes
+def test_any_mix_with_kv_stores_equals_each_alone(checkpoint: Path, **mix: Any) -> None:
+    """Whatever is stored, found, damaged, evicted from the stores and computed again."""
+    check_stored_mix(checkpoint, **mix)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+@settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
+@stored_mixes
+def test_many_mixes_with_kv_stores_equal_each_alone(checkpoint: Path, **mix: Any) -> None:
+    """The same, more often."""
+    check_stored_mix(checkpoint, **mix)
 
 
 @pytest.mark.campaign

@@ -1,0 +1,113 @@
+"""What an answer tells of what came back from the KV stores."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from actors.answer import Answer, joint_restored
+from actors.generation import Generation
+from actors.kv.messages import Lease, RestorePart, StoredPrefix, Tier
+from actors.kv.pieces import PieceId
+from actors.messages import PrefillChunk, Restored, SequenceResult, StepRecord
+from models.sampling import SamplingParams
+
+PARTS: list[tuple[int, int, Tier]] = [(0, 64, "host"), (64, 128, "disk"), (128, 192, "disk")]
+
+
+def restore_part(start: int, end: int, tier: Tier) -> RestorePart:
+    piece = PieceId(b"k" * 32, 0, end - start, "raw")
+    lease = Lease(lease_id=1, piece=piece, offset_bytes=0, size_bytes=1)
+    return RestorePart(rank=0, start=start, end=end, block_start=start, lease=lease, tier=tier)
+
+
+def restored(bad_from: int | None) -> Restored | None:
+    """Return what an answer tells of a restore of which rows from ``bad_from`` on are damaged."""
+    parts = tuple(restore_part(*part) for part in PARTS)
+    stored = StoredPrefix(
+        start=0,
+        end=192,
+        home=None,
+        parts=parts,
+        leases={},
+        tokens_by_tier={},
+        find_s=0.0021,
+        stage_s=0.03,
+    )
+    generation = Generation(
+        sequence_id=1,
+        prompt=np.arange(200, dtype=np.int32),
+        params=SamplingParams(max_tokens=1),
+        seed=0,
+        eos_ids=(),
+        max_model_len=1000,
+    )
+    generation.take_restored(stored, 192)
+    chunk = PrefillChunk(
+        sequence_id=1,
+        token_ids=np.arange(8, dtype=np.int32),
+        cached_rows=(96, 96),
+        home=None,
+        first_rank=0,
+        draw=None,
+        restored=parts,
+    )
+    record = StepRecord(
+        number=0,
+        phase="prefill",
+        sequence_ids=(1,),
+        prefill_tokens=8,
+        decode_tokens=0,
+        cached_tokens=192,
+        algorithm="pass_q",
+        num_ranks=2,
+        predicted_s=None,
+        prices_s={},
+        plan_s=0.0,
+        wall_s=0.1,
+        ranks_wall_s=(0.1, 0.1),
+        ranks_parts_s=({"restore": 0.001}, {"restore": 0.0093, "gemm": 1.0}),
+    )
+
+    async def take() -> Restored | None:
+        answer = Answer(generation, None)
+        results = [SequenceResult(token_ids=(), bad_from=bad_from), SequenceResult(token_ids=())]
+        answer.take(record, chunk, results)
+        return joint_restored([answer])
+
+    return asyncio.run(take())
+
+
+def test_tiers_and_times_of_a_restore_are_told() -> None:
+    """What the slowest rank waited is what the restore cost beside its staging."""
+    told = restored(None)
+
+    assert told is not None
+    assert (told.tokens, told.tokens_by_tier) == (192, {"host": 64, "disk": 128})
+    assert told.line() == (
+        "restored 192 tokens: 64 from host, 128 from disk; found in 2.1 ms, staged in 30.0 ms,"
+        " waited for 9.3 ms"
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad_from", "tiers"), [(0, None), (64, {"host": 64}), (128, {"host": 64, "disk": 64})]
+)
+def test_what_was_damaged_is_not_told_as_restored(
+    bad_from: int, tiers: dict[Tier, int] | None
+) -> None:
+    """Its tokens were computed anew; where nothing was left there was no restore."""
+    told = restored(bad_from)
+
+    assert (None if told is None else told.tokens_by_tier) == tiers
+
+
+def test_restores_of_several_answers_are_added() -> None:
+    """A preempted answer, or one of several, may come back more than once."""
+    one, other = restored(None), restored(64)
+    assert one is not None
+    assert other is not None
+    told = one + other
+
+    assert (told.tokens, told.tokens_by_tier) == (256, {"host": 128, "disk": 128})
+    assert told.copy_s == pytest.approx(2 * 0.0093)
