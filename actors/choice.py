@@ -17,6 +17,8 @@ from models.ring_rules import Algorithm, algorithm_1, algorithm_5, empirical
 Rule = Literal["auto", "pass_kv", "pass_q", "algorithm_1", "algorithm_5", "empirical"]
 TIE = 0.01  # pass-KV, which needs no return of partials, is taken up to this share dearer
 LEAST_TARGET_S = 0.05  # a shorter step would be Ray's call more than work
+DISPATCHES = 20  # a step takes as long as so many plans take to be handed out
+MIXED = "mixed"  # steps of chunks and decode rows
 KEPT_RATIOS = 15  # of measured to predicted time; their median is believed
 RATIO_LIMIT = 4.0  # what lies further from the price, a stall say, says nothing of the rates
 
@@ -131,6 +133,7 @@ class Chooser:
 
         That is the price of the smallest chunk whose tokens cost at most a tenth more
         than in the largest one measured, behind as many cached tokens again.
+        What Ray takes to hand it out is a small part of it.
         """
         assert self._rates is not None
         linear, ranks = self._rates.linear, self._num_ranks
@@ -138,7 +141,8 @@ class Chooser:
         best = min(linear(size) / size for size in sizes)
         size = next(size for size in sizes if linear(size) / size <= 1.1 * best)
         sequence = SequenceShape(new_tokens=size * ranks, cached_rows=(size,) * ranks)
-        return max(LEAST_TARGET_S, min(self._prices_s([sequence]).values()))
+        least_s = max(LEAST_TARGET_S, DISPATCHES * self._rates.dispatch_s)
+        return max(least_s, min(self._prices_s([sequence]).values()))
 
     def observe(self, choice: Choice, measured_s: float) -> None:
         """Learn from a step that was executed as chosen.
@@ -147,13 +151,29 @@ class Chooser:
         ratios of measured to priced time. Choices are not: a price that is never
         paid is never corrected, and one sided corrections would only swing them.
         """
-        price_s = choice.prices_s.get(choice.algorithm)
-        if price_s and 1 / RATIO_LIMIT <= measured_s / price_s <= RATIO_LIMIT:
-            self._ratios[_kind(choice)].append(measured_s / price_s)
+        self._keep(_kind(choice), choice.prices_s.get(choice.algorithm), measured_s)
+
+    def mixed(self, choice: Choice | None, riding_s: float) -> float:
+        """Return the predicted seconds of chunks with decode rows beside them."""
+        return self._mixed_price(choice, riding_s) * self._median_ratio(MIXED)
+
+    def observe_mixed(self, choice: Choice, riding_s: float, measured_s: float) -> None:
+        """Learn from a step of both, as `observe` does from one of chunks."""
+        self._keep(MIXED, self._mixed_price(choice, riding_s), measured_s)
+
+    def _mixed_price(self, choice: Choice | None, riding_s: float) -> float:
+        return riding_s + (0.0 if choice is None else choice.prices_s[choice.algorithm])
 
     def _correction(self, choice: Choice) -> float:
-        ratios = self._ratios.get(_kind(choice))
+        return self._median_ratio(_kind(choice))
+
+    def _median_ratio(self, kind: str) -> float:
+        ratios = self._ratios.get(kind)
         return statistics.median(ratios) if ratios else 1.0
+
+    def _keep(self, kind: str, price_s: float | None, measured_s: float) -> None:
+        if price_s and 1 / RATIO_LIMIT <= measured_s / price_s <= RATIO_LIMIT:
+            self._ratios[kind].append(measured_s / price_s)
 
     def _prices_s(self, sequences: Sequence[SequenceShape]) -> dict[str, float]:
         if self._rates is None:

@@ -56,6 +56,7 @@ class Step:
     algorithm: str
     predicted_s: float | None
     choice: Choice | None = None  # of chunks
+    riding_s: float | None = None  # the price of the rows beside them
 
 
 class Scheduler:
@@ -187,8 +188,7 @@ class Scheduler:
 
     def advance(self, step: Step, results: Sequence[StepResult]) -> list[Generation]:
         """Take what the ranks made of a step; return the answers that it completed."""
-        if step.choice is not None and not step.plan.rows:
-            self._chooser.observe(step.choice, max(result.wall_s for result in results))
+        self._observe(step, max(result.wall_s for result in results))
         done = []
         for index, part in enumerate(step.plan.parts):
             running = self._running.get(part.sequence_id)
@@ -212,6 +212,14 @@ class Scheduler:
             else:
                 self._store_blocks(running)
         return done
+
+    def _observe(self, step: Step, measured_s: float) -> None:
+        if step.choice is None or any(chunk.restored for chunk in step.plan.chunks):
+            return
+        if not step.plan.rows:
+            self._chooser.observe(step.choice, measured_s)
+        elif step.riding_s is not None:
+            self._chooser.observe_mixed(step.choice, step.riding_s, measured_s)
 
     def _take_chunk(self, running: Running, chunk: PrefillChunk, bad_from: int | None) -> None:
         """Take what a chunk computed; rows from ``bad_from`` on are void and computed anew."""
@@ -322,7 +330,10 @@ class Scheduler:
             ]
             if riding_s is None:
                 return float(sum(counts))
-            return riding_s + (self._chooser.prefill(shapes).predicted_s or 0.0 if shapes else 0.0)
+            choice = self._chooser.prefill(shapes) if shapes else None
+            if riders:
+                return self._chooser.mixed(choice, riding_s)
+            return 0.0 if choice is None else choice.predicted_s or 0.0
 
         nobody_waits = not riders and not self._waiting and len(prefilling) == 1
         target_s = limits.step_target_s * (LONE_STEPS if nobody_waits else 1)
@@ -479,6 +490,7 @@ class Scheduler:
             algorithm=_algorithm(plan, choice),
             predicted_s=self._predicted_s(choice, rows, riders),
             choice=choice,
+            riding_s=self._chooser.riding(self._rows_of(riders)) if choice and riders else None,
         )
 
     def _predicted_s(
@@ -490,7 +502,9 @@ class Scheduler:
         if choice is None:
             return self._chooser.decode(rows_of, max(len(row.owners) for row in rows))
         riding_s = self._chooser.riding(rows_of)
-        return choice.predicted_s and choice.predicted_s + (riding_s or 0.0)
+        if riding_s is None or not riders:
+            return choice.predicted_s
+        return self._chooser.mixed(choice, riding_s)
 
     def _take_ended(self) -> tuple[int, ...]:
         ended, self._ended = self._ended, ()

@@ -67,9 +67,21 @@ class BlockLoader:
     """One rank's loader."""
 
     def __init__(
-        self, pool: PagePool, arena: Arena, layout: Layout, client: StoreClient, rank: int
+        self,
+        pool: PagePool,
+        arena: Arena,
+        layout: Layout,
+        client: StoreClient | None,
+        rank: int,
+        *,
+        verifies: bool = True,
     ) -> None:
-        """Take the pages, and the arena of this rank's host."""
+        """Take the pages, and the arena of this rank's host.
+
+        ``client`` is told of damaged pieces. Layers are not verified only to measure what
+        that costs.
+        """
+        self._verifies = verifies
         self._pool = pool
         self._arena = arena
         self._layout = layout
@@ -161,7 +173,8 @@ class BlockLoader:
         if source.where is not None:
             data = source.where.layer(source.record, layer)
             try:
-                verify_layer(data, source.sums[layer])
+                if self._verifies:
+                    verify_layer(data, source.sums[layer])
                 rows_2KSD = self._rows(source.part, data)
             except (BadPiece, ValueError, RuntimeError):
                 self._report(source, restoring)
@@ -193,6 +206,8 @@ class BlockLoader:
         """Note a damaged piece, and have it dropped."""
         self._damage(source, restoring)
         piece: PieceId = source.part.lease.piece
+        if self._client is None:
+            return
         with contextlib.suppress(StoreLost):  # then nobody will read it any more
             self._client.call("drop", [piece])
 

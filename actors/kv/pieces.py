@@ -15,7 +15,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import xxhash
 
 MAGIC = b"RINGSPKV"
@@ -24,7 +23,6 @@ KEY_BYTES = 32
 CHECKSUM_BYTES = 16
 HEADER_BYTES = 256
 ALIGNMENT = 64
-SLICE_BYTES = 256 * 1024  # what is copied is hashed while it is still in the core's cache
 # magic, version, num_layers, layer_bytes, start, end, first_head, end_head, key, layout, encoding
 _HEADER = struct.Struct("<8sIIQIIII32s16s16s")
 
@@ -168,26 +166,6 @@ def verify_layer(data: memoryview, expected: bytes) -> None:
         BadPiece: They differ.
     """
     if checksum(data) != expected:
-        raise BadPiece("a layer is damaged")
-
-
-def copy_verified(source: memoryview, target: memoryview, expected: bytes) -> None:
-    """Copy a layer and compare what arrived with its checksum; other threads may run meanwhile.
-
-    Both have the same length.
-
-    Raises:
-        BadPiece: They differ; what ``target`` holds must not be used.
-    """
-    from_bytes, to_bytes = (np.frombuffer(side, np.uint8) for side in (source, target))
-    running = xxhash.xxh3_128()
-    for start in range(0, len(source), SLICE_BYTES):
-        end = start + SLICE_BYTES
-        # Not a memoryview's own assignment: it would hold the GIL, in page faults too.
-        np.copyto(to_bytes[start:end], from_bytes[start:end])
-        # The copy, not its source: another process may write to shared memory in between.
-        running.update(target[start:end])
-    if running.digest() != expected:
         raise BadPiece("a layer is damaged")
 
 

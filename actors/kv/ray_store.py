@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from actors.kv.flight import keep_freed_memory
 from actors.kv.messages import Lease, StoreInfo, StoreSpec
 from actors.kv.pieces import PieceId
 from actors.kv.store import KVStore
@@ -56,6 +57,7 @@ class KVStoreActor(KVStore):
 
     def __init__(self, spec: StoreSpec) -> None:
         """See `KVStore`."""
+        keep_freed_memory()
         super().__init__(spec, ray.util.get_node_ip_address())
 
 

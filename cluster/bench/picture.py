@@ -159,6 +159,7 @@ def _spread(runs: list[dict[str, Any]]) -> list[list[float]]:
 
 _DRAWINGS: dict[str, Callable[[dict[str, Any], Axes], None]] = {
     "prefill": _draw_lengths,
+    "offload": _draw_lengths,
     "decode": _draw_lengths,
     "conversation": _draw_conversation,
     "choice": _draw_choice,

@@ -11,6 +11,7 @@ import mmap
 import multiprocessing
 import os
 import secrets
+import shutil
 import socket
 import struct
 import time
@@ -20,24 +21,28 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from actors.kv.arena import Arena
 from actors.kv.disk import DiskTier
 from actors.kv.flight import PieceClient, PieceServer, keep_freed_memory
+from actors.kv.loader import BlockLoader
+from actors.kv.messages import Lease, RestorePart
 from actors.kv.pieces import (
-    ALIGNMENT,
     Layout,
     PieceId,
     Record,
     checksum,
-    copy_verified,
-    read_header,
     write_header,
 )
 from cluster.bench.runs import Measured
+from models.page_pool import PagePool
 
 LAYOUT = Layout(
     num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_tokens=256
 )  # of Llama 3 8B
+TOKEN_BYTES = 2 * LAYOUT.num_kv_heads * LAYOUT.head_dim * 2  # of one layer
+PAGE_TOKENS = 256
 MAX_PIECES = 256  # a byte tells them apart
 _TENANT = b"bench"
 _INDEX = struct.Struct("<I")  # of the piece that is asked for over TCP
@@ -55,6 +60,7 @@ class Pieces:
     ids: Sequence[PieceId]
     source: memoryview
     target: memoryview
+    seals: list[bytes]
 
     def each(self) -> Iterator[tuple[PieceId, memoryview, memoryview]]:
         """Yield every piece with its record and its target."""
@@ -65,59 +71,78 @@ class Pieces:
 
 @contextlib.contextmanager
 def shared_pieces(size_bytes: int, count: int) -> Iterator[Pieces]:
-    """Have ``count`` pieces of random bytes in shared memory; records of at most ``size_bytes``."""
-    prefix = Record(num_layers=LAYOUT.num_layers, layer_bytes=0).payload_offset
-    # As in models, whose layers have multiples of the alignment.
-    layer_bytes = (size_bytes - prefix) // LAYOUT.num_layers // ALIGNMENT * ALIGNMENT
-    where = Record(num_layers=LAYOUT.num_layers, layer_bytes=layer_bytes)
-    path = Path("/dev/shm") / f"ringspan-bench-{secrets.token_hex(8)}"
-    total_bytes = where.size_bytes * count
+    """Have ``count`` pieces of random KV in an arena, about ``size_bytes`` each."""
+    num_tokens = max(1, size_bytes // (LAYOUT.num_layers * TOKEN_BYTES))
+    where = Record(num_layers=LAYOUT.num_layers, layer_bytes=num_tokens * TOKEN_BYTES)
+    arena = Arena.create("bench", secrets.token_hex(8), where.size_bytes * count)
     try:
-        with path.open("xb") as file:
-            file.truncate(total_bytes)
-        ids = [PieceId(bytes([index]) * 32, 0, 256, "raw") for index in range(count)]
-        target = memoryview(mmap.mmap(-1, total_bytes, flags=mmap.MAP_PRIVATE))
+        ids = [PieceId(bytes([index]) * 32, 0, num_tokens, "raw") for index in range(count)]
+        target = memoryview(mmap.mmap(-1, where.size_bytes * count, flags=mmap.MAP_PRIVATE))
         np.frombuffer(target, np.uint8)[:] = 1
-        pieces = Pieces(path, where.size_bytes, ids, attach(path), target)
+        source = arena.view(0, where.size_bytes * count)
+        pieces = Pieces(arena.path, where.size_bytes, ids, source, target, [])
         rng = np.random.default_rng(0)
         for piece, record, _ in pieces.each():
             np.frombuffer(record, np.uint8)[:] = rng.integers(0, 256, len(record), np.uint8)
             sums = [checksum(where.layer(record, layer)) for layer in range(LAYOUT.num_layers)]
-            write_header(record, piece, LAYOUT, where, sums)
+            pieces.seals.append(write_header(record, piece, LAYOUT, where, sums))
         yield pieces
     finally:
-        path.unlink(missing_ok=True)
-
-
-def attach(path: Path) -> memoryview:
-    """Map shared memory that is there."""
-    with path.open("r+b") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0))
+        arena.close()
 
 
 @contextlib.contextmanager
 def memory_passes(pieces: Pieces, _: Path) -> Iterator[dict[str, Pass]]:
-    """From this host's shared memory, with and without verification, and by memcpy."""
+    """From this host's arena into a rank's pages, with and without verification; by memcpy."""
+    arena, num_tokens = Arena.attach(pieces.path), pieces.ids[0].end
+    num_rows = num_tokens * len(pieces.ids)
+    pool = PagePool(
+        num_layers=LAYOUT.num_layers,
+        num_pages=-(-num_rows // PAGE_TOKENS),
+        page_tokens=PAGE_TOKENS,
+        num_kv_heads=LAYOUT.num_kv_heads,
+        head_dim=LAYOUT.head_dim,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    pool.table.grow(0, [(0, num_rows)])
+    parts = [
+        RestorePart(
+            rank=0,
+            start=index * num_tokens,
+            end=(index + 1) * num_tokens,
+            block_start=index * num_tokens,
+            tier="host",
+            lease=Lease(
+                lease_id=index,
+                piece=piece,
+                offset_bytes=index * pieces.size_bytes,
+                size_bytes=pieces.size_bytes,
+                seal=seal,
+            ),
+        )
+        for index, (piece, seal) in enumerate(zip(pieces.ids, pieces.seals, strict=True))
+    ]
 
-    def own_host(verifies: bool) -> None:
-        for piece, record, target in pieces.each():
-            where, sums = read_header(record, piece, LAYOUT)
-            for layer, expected in enumerate(sums):
-                from_bytes, to_bytes = where.layer(record, layer), where.layer(target, layer)
-                if verifies:
-                    copy_verified(from_bytes, to_bytes, expected)
-                else:
-                    to_bytes[:] = from_bytes
+    def restore(verifies: bool) -> None:
+        loader = BlockLoader(pool, arena, LAYOUT, None, 0, verifies=verifies)
+        assert not loader.begin({0: parts}).finish()
 
     def memcpy() -> None:
         for _, record, target in pieces.each():
             ctypes.memmove(_address(target), _address(record), len(target))
 
-    yield {
-        "memcpy": timed(memcpy),
-        "own host": timed(lambda: own_host(False)),
-        "own host, verified": timed(lambda: own_host(True)),
-    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as memcpy has
+    try:
+        yield {
+            "memcpy": timed(memcpy),
+            "own host": timed(lambda: restore(False)),
+            "own host, verified": timed(lambda: restore(True)),
+        }
+    finally:
+        torch.set_num_threads(threads)
+        arena.close()
 
 
 @contextlib.contextmanager
@@ -208,7 +233,7 @@ def _on_disk(pieces: Pieces, directory: Path) -> Iterator[_OnDisk]:
     try:
         yield _OnDisk(read, tier, lambda: _forget(files))
     finally:
-        disk.clear()
+        shutil.rmtree(directory / "tier")
         for path in plain:
             path.unlink()
 
@@ -238,7 +263,8 @@ def _forget(paths: Sequence[Path]) -> None:
 
 def _serve(path: Path, size_bytes: int, token: str, told: Connection) -> None:
     """Be the other host: tell where pieces are to be had, and give them until killed."""
-    source = attach(path)
+    arena = Arena.attach(path)
+    source = arena.view(0, arena.capacity_bytes)
 
     def record(index: int) -> memoryview:
         return source[index * size_bytes : (index + 1) * size_bytes]
