@@ -42,7 +42,7 @@ def store_rows(pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD:
     """Write rows ``first_row, first_row + 1, ...`` of a run whose pages are ``page_ids``."""
     memory_SKD = rows_of(pages)
     end_row, done = first_row + rows_SKD.shape[0], 0
-    for start, count in _spans(page_ids, first_row, end_row, _capacity(pages)):
+    for start, count in row_spans(page_ids, first_row, end_row, _capacity(pages)):
         memory_SKD[start : start + count].copy_(rows_SKD[done : done + count], non_blocking=True)
         done += count
 
@@ -50,7 +50,7 @@ def store_rows(pages: Tensor, page_ids: Sequence[int], first_row: int, rows_SKD:
 def load_rows(pages: Tensor, page_ids: Sequence[int], first_row: int, out_SKD: Tensor) -> None:
     """Copy rows ``first_row, first_row + 1, ...`` of a run whose pages are ``page_ids``."""
     memory_SKD, done = rows_of(pages), 0
-    for start, count in _spans(page_ids, first_row, first_row + len(out_SKD), _capacity(pages)):
+    for start, count in row_spans(page_ids, first_row, first_row + len(out_SKD), _capacity(pages)):
         out_SKD[done : done + count].copy_(memory_SKD[start : start + count], non_blocking=True)
         done += count
 
@@ -200,7 +200,7 @@ class PagedRows:
         return attend(q_THD, k_SKD, v_SKD, scale=scale)
 
     def _spans(self, first_row: int, end_row: int) -> list[tuple[int, int]]:
-        return _spans(self.page_ids, first_row, end_row, _capacity(self.k_pages))
+        return row_spans(self.page_ids, first_row, end_row, _capacity(self.k_pages))
 
 
 def is_head_major(pages: Tensor) -> bool:
@@ -222,7 +222,7 @@ def rows_of(pages: Tensor) -> Tensor:
     return pages.view(-1, K, D)
 
 
-def _spans(
+def row_spans(
     page_ids: Sequence[int], first_row: int, end_row: int, capacity: int
 ) -> list[tuple[int, int]]:
     """Return ``(first row in memory, rows)`` of each stretch of some rows that lies together."""

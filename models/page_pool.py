@@ -12,12 +12,20 @@ import torch
 from torch import Tensor
 
 from attention import PagedBatch, PagedRows
-from attention.paged import copy_page, load_rows, pages_shape, store_each, store_rows
+from attention.paged import (
+    copy_page,
+    is_head_major,
+    pages_shape,
+    row_spans,
+    store_each,
+    store_rows,
+)
 from attention.paged_quantised import QuantisedRows
 from attention.quantised import as_decoded, decode_rows, encode_rows
 from models.config import ModelConfig
 from models.page_table import CacheOp, Grow, PageTable
 
+Spans = Sequence[tuple[int, int]]  # first row in a layer's memory, and how many lie together
 KVCacheDtype = Literal["auto", "int8", "fp8"]  # auto: as computed
 
 
@@ -102,32 +110,44 @@ class PagePool:
             for pages, rows_TKD in zip(memory[layer], part_TJD.chunk(2, dim=1), strict=True):
                 store_rows(pages, page_ids, first_row, rows_TKD)
 
-    def read_rows(
-        self, layer: int, page_ids: Sequence[int], first_row: int, out_2KSD: Tensor
-    ) -> None:
-        """Copy rows of a run with these pages: keys, then values, head by head."""
+    def spans(self, page_ids: Sequence[int], first_row: int, count: int) -> Spans:
+        """Return where rows of a run with these pages lie, for `read_rows` and `write_rows`."""
+        return row_spans(page_ids, first_row, first_row + count, self.table.page_tokens)
+
+    def read_rows(self, layer: int, spans: Spans, out_2KSD: Tensor) -> None:
+        """Copy rows: keys, then values, head by head."""
         parts = [out_2KSD]
         if self._encoding is not None:
             parts = [
                 torch.empty(*out_2KSD.shape[:3], memory.shape[-1], dtype=memory.dtype)
                 for memory in self._memories
             ]
-        for memory, part_2KSD in zip(self._memories, parts, strict=True):
-            for pages, part_KSD in zip(memory[layer], part_2KSD, strict=True):
-                load_rows(pages, page_ids, first_row, part_KSD.transpose(0, 1))
+        for rows_2KSD, part_2KSD in zip(self._rows(layer), parts, strict=True):
+            done = 0
+            for start, count in spans:
+                source = rows_2KSD[:, :, start : start + count]
+                part_2KSD[:, :, done : done + count].copy_(source, non_blocking=True)
+                done += count
         if self._encoding is not None:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
             out_2KSD.copy_(decode_rows(self._encoding, *parts))
 
-    def write_rows(
-        self, layer: int, page_ids: Sequence[int], first_row: int, kv_2KSD: Tensor
-    ) -> None:
-        """Write rows of a run with these pages, as `read_rows` copies them."""
+    def write_rows(self, layer: int, spans: Spans, kv_2KSD: Tensor) -> None:
+        """Write rows, as `read_rows` copies them."""
         parts = (kv_2KSD,) if self._encoding is None else encode_rows(self._encoding, kv_2KSD)
-        for memory, part_2KSD in zip(self._memories, parts, strict=True):
-            for pages, rows_KSD in zip(memory[layer], part_2KSD, strict=True):
-                store_rows(pages, page_ids, first_row, rows_KSD.transpose(0, 1))
+        for rows_2KSD, part_2KSD in zip(self._rows(layer), parts, strict=True):
+            done = 0
+            for start, count in spans:
+                source = part_2KSD[:, :, done : done + count]
+                rows_2KSD[:, :, start : start + count].copy_(source, non_blocking=True)
+                done += count
+
+    def _rows(self, layer: int) -> list[Tensor]:
+        """Return a view of all rows of a layer in each memory, ``[2, K, S, D]``."""
+        if is_head_major(self._pages[layer]):
+            return [of[layer].view(2, of.shape[2], -1, of.shape[-1]) for of in self._memories]
+        return [of[layer].view(2, -1, *of.shape[-2:]).transpose(1, 2) for of in self._memories]
 
     def slots(self, rows: Sequence[tuple[int, int]]) -> Tensor:
         """Return where rows ``(sequence, row)`` lie in each layer's memory, for `store_at`."""

@@ -18,7 +18,7 @@ from actors.kv.client import StoreClient, StoreLost
 from actors.kv.messages import RestorePart
 from actors.kv.pieces import BadPiece, Layout, PieceId, Record, read_header, verify_layer
 from models.kv_codec import Encoding, decode
-from models.page_pool import PagePool
+from models.page_pool import PagePool, Spans
 
 
 @dataclass
@@ -27,11 +27,13 @@ class _Source:
 
     sequence_id: int
     part: RestorePart
-    page_ids: tuple[int, ...]
-    first_row: int  # in the first of these pages
+    spans: Spans
     record: memoryview
     where: Record | None = None  # None: damaged
     sums: Sequence[bytes] = ()
+    layers: Tensor | None = (
+        None  # rows ``[L, 2, K, S, D]``, a view of the record; None: encoded, or damaged
+    )
 
 
 class Restoring:
@@ -109,16 +111,12 @@ class BlockLoader:
         return restoring
 
     def _source(self, sequence_id: int, part: RestorePart) -> _Source:
-        table = self._pool.table
-        run, capacity = table.run(sequence_id), table.page_tokens
+        run, lease = self._pool.table.run(sequence_id), part.lease
         row = run.rows_below(part.start)
-        first, end = row // capacity, -(-(row + part.end - part.start) // capacity)
-        lease = part.lease
         return _Source(
             sequence_id,
             part,
-            tuple(run.page_ids[first:end]),
-            row - first * capacity,
+            self._pool.spans(run.page_ids, row, part.end - part.start),
             self._arena.view(lease.offset_bytes, lease.size_bytes),
         )
 
@@ -151,7 +149,9 @@ class BlockLoader:
             source.where, source.sums = read_header(
                 source.record, lease.piece, self._layout, lease.seal
             )
-        except BadPiece:
+            if lease.piece.encoding == "raw":
+                source.layers = self._raw_rows(source.part, source.record, source.where)
+        except (BadPiece, ValueError, RuntimeError):
             self._report(source, restoring)
 
     def _copy_layer(
@@ -175,7 +175,10 @@ class BlockLoader:
             try:
                 if self._verifies:
                     verify_layer(data, source.sums[layer])
-                rows_2KSD = self._rows(source.part, data)
+                if source.layers is None:
+                    rows_2KSD = self._decoded_rows(source.part, data)
+                else:
+                    rows_2KSD = source.layers[layer]
             except (BadPiece, ValueError, RuntimeError):
                 self._report(source, restoring)
         if rows_2KSD is None:
@@ -187,18 +190,25 @@ class BlockLoader:
                 self._layout.head_dim,
                 dtype=self._pool.dtype,
             )
-        self._pool.write_rows(layer, source.page_ids, source.first_row, rows_2KSD)
+        self._pool.write_rows(layer, source.spans, rows_2KSD)
 
-    def _rows(self, part: RestorePart, data: memoryview) -> Tensor:
-        """Return the rows of a part out of one layer of its piece, ``[2, K, S, D]``."""
+    def _raw_rows(self, part: RestorePart, record: memoryview, where: Record) -> Tensor:
+        """Return a view of a part's rows of all layers of its record, ``[L, 2, K, S, D]``."""
         piece, K, D = part.lease.piece, self._layout.num_kv_heads, self._layout.head_dim
-        S, dtype = piece.end - piece.start, self._pool.dtype
+        L, S, dtype = self._layout.num_layers, piece.end - piece.start, self._pool.dtype
+        payload = torch.frombuffer(record, dtype=torch.uint8)[where.payload_offset :]
+        layers = payload[: L * where.layer_bytes].view(L, -1).view(dtype)
+        rows_L2KSD = layers[:, : 2 * K * S * D].unflatten(1, (2, K, S, D))
+        first = part.start - part.block_start - piece.start
+        return rows_L2KSD[:, :, :, first : first + part.end - part.start]
+
+    def _decoded_rows(self, part: RestorePart, data: memoryview) -> Tensor:
+        """Return a part's rows out of one layer of its piece, ``[2, K, S, D]``."""
+        piece, K, D = part.lease.piece, self._layout.num_kv_heads, self._layout.head_dim
+        S = piece.end - piece.start
+        rows_2KSD = torch.empty(2, K, S, D, dtype=self._pool.dtype)
         encoded = torch.frombuffer(data, dtype=torch.uint8)
-        if piece.encoding == "raw":
-            rows_2KSD = encoded[: 2 * K * S * D * dtype.itemsize].view(dtype).view(2, K, S, D)
-        else:
-            rows_2KSD = torch.empty(2, K, S, D, dtype=dtype)
-            decode(cast(Encoding, piece.encoding), encoded, rows_2KSD)
+        decode(cast(Encoding, piece.encoding), encoded, rows_2KSD)
         first = part.start - part.block_start - piece.start
         return rows_2KSD[:, :, first : first + part.end - part.start]
 

@@ -21,7 +21,7 @@ from actors.kv.client import StoreClient, StoreLost
 from actors.kv.messages import Lease, StoreBlocks
 from actors.kv.pieces import Layout, PieceId, Record, checksum, write_header
 from models.kv_codec import Encoding, encode, layer_bytes
-from models.page_pool import PagePool
+from models.page_pool import PagePool, Spans
 
 MAX_PENDING = 4096  # pieces; more are not stored
 BATCH = 32  # pieces of one call of the store
@@ -37,7 +37,7 @@ class _Job:
     piece: PieceId
     tenant: bytes
     page_ids: tuple[int, ...]
-    first_row: int  # in the first of these pages
+    spans: Spans  # in these pages
     written: "torch.cuda.Event | None"  # after which the rows can be read
 
 
@@ -89,7 +89,7 @@ class BlockWriter:
                     piece=PieceId(key, position - start, position - start + count, self._encoding),
                     tenant=blocks.tenant,
                     page_ids=tuple(run.page_ids[first : -(-(row + count) // capacity)]),
-                    first_row=row - first * capacity,
+                    spans=self._pool.spans(run.page_ids, row, count),
                     written=written,
                 )
                 with self._idle:
@@ -178,11 +178,11 @@ class BlockWriter:
         if self._encoding == "raw":
             size = 2 * shape[1] * shape[2] * shape[3] * self._pool.dtype.itemsize
             rows_2KSD = data[:size].view(self._pool.dtype).view(shape)
-            self._pool.read_rows(layer, job.page_ids, job.first_row, rows_2KSD)
+            self._pool.read_rows(layer, job.spans, rows_2KSD)
             data[size:] = 0
         else:
             rows_2KSD = torch.empty(shape, dtype=self._pool.dtype)
-            self._pool.read_rows(layer, job.page_ids, job.first_row, rows_2KSD)
+            self._pool.read_rows(layer, job.spans, rows_2KSD)
             if self._stream is not None:
                 self._stream.synchronize()
             encode(self._encoding, rows_2KSD, data)
