@@ -77,8 +77,8 @@ def test_decoded_positions_one_too_high_are_seen(
     checkpoint = write_llama_checkpoint(tmp_path)
     right = Running.row
 
-    def one_too_high(self: Running, owners: tuple[int, ...]) -> DecodeRow:
-        row = right(self, owners)
+    def one_too_high(self: Running, owners: tuple[int, ...], ahead: int = 0) -> DecodeRow:
+        row = right(self, owners, ahead)
         return dataclasses.replace(row, position=row.position + 1)
 
     monkeypatch.setattr(Running, "row", one_too_high)
