@@ -91,9 +91,16 @@ class Coordinator:
         num_pages = self._info.kv_capacity_tokens // config.page_tokens // len(places)
         await self._ranks.call("allocate", num_pages, timeout_s=config.ray.start_timeout_s)
         await self._form_ring()
-        if store_bytes(config, device):
+        capacity_bytes = store_bytes(config, device)
+        if capacity_bytes:
             self._stores = await Stores.start(
-                config, self._layout(), self._ranks, places, group, self._create_store
+                config,
+                self._layout(),
+                capacity_bytes,
+                self._ranks,
+                places,
+                group,
+                self._create_store,
             )
         self._engine = self._make_engine(num_pages, await self._find_rates())
         self._ranks.watch()

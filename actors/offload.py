@@ -56,15 +56,13 @@ class Offload:
         last = len(accepted) // block_tokens
         if last <= first:
             return
-        running.keys = self._keys.keys(
-            running.generation.cache_salt, accepted[: last * block_tokens], running.keys
-        )
+        keys = self._keys_of(running.entry, accepted)
         running.stored_blocks = last
         self._stores.append(
             StoreBlocks(
                 sequence_id=running.sequence_id,
                 first_block=first,
-                keys=tuple(running.keys[first:last]),
+                keys=tuple(keys[first:last]),
                 tenant=self._keys.tenant(running.generation.cache_salt),
             )
         )
@@ -81,7 +79,6 @@ class Offload:
     def ask(self, entry: Entry, context: TokenIds, matched: int, home: int | None) -> None:
         """Look up a prompt of which so many tokens are on the ranks."""
         block_tokens = self._keys.block_tokens
-        salt = entry.generation.cache_salt
         first = matched // block_tokens
         entry.was_looked_up = True
         self._lookups.append(
@@ -90,10 +87,16 @@ class Offload:
                 tokens=len(context) - 1,
                 start=first * block_tokens,
                 home=home,
-                keys=tuple(self._keys.keys(salt, context, ())[first:]),
-                tenant=self._keys.tenant(salt),
+                keys=tuple(self._keys_of(entry, context)[first:]),
+                tenant=self._keys.tenant(entry.generation.cache_salt),
             )
         )
+
+    def _keys_of(self, entry: Entry, token_ids: TokenIds) -> list[bytes]:
+        """Return the keys of an answer's first blocks, of these tokens at least."""
+        if len(entry.keys) < len(token_ids) // self._keys.block_tokens:
+            entry.keys = self._keys.keys(entry.generation.cache_salt, token_ids, entry.keys)
+        return entry.keys
 
     def give_back(self, stored: StoredPrefix | None) -> None:
         """Need a prefix no more."""

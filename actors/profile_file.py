@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from models.rates import ModelShape, Rates
+from models.whole_file import write_whole
 
 FORMAT = 2  # of the file, and of what is measured how; a change of either makes old files stale
 _RING = "ring"  # the section of `Rates`
@@ -70,7 +70,7 @@ class ProfileFile:
         content = {"format": FORMAT, "facts": self._facts, "sections": sections}
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(self.path, json.dumps(content, indent=1))
+            write_whole(self.path, json.dumps(content, indent=1))
 
     def _sections(self) -> dict[str, Any]:
         try:
@@ -112,15 +112,3 @@ def device_name(device: torch.device) -> str:
 
 def _encode(value: object) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it: two writers do not mix."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -20,6 +20,7 @@ class Entry:
     has_begun: bool = field(default=False, compare=False)
     was_looked_up: bool = field(default=False, compare=False)  # in the KV stores
     stored: StoredPrefix | None = field(default=None, compare=False)  # what they have
+    keys: list[bytes] = field(default_factory=list, compare=False)  # of its blocks, as far as known
 
 
 @dataclass
@@ -36,7 +37,6 @@ class Running:
     decoded: int = 0
     stored: StoredPrefix | None = None  # comes back with the first chunk
     stored_blocks: int = 0  # that are in the KV stores, or on their way
-    keys: list[bytes] = field(default_factory=list)  # of blocks
 
     @property
     def start(self) -> int:

@@ -472,6 +472,7 @@ class Scheduler:
                     for run, chunk in zip(begun, chunks, strict=True)
                 ]
             )
+        riding_s = self._chooser.riding(self._rows_of(riders)) if choice and riders else None
         plan = Plan(
             number=self.num_steps,
             cache_ops=self.cache.take_ops(),
@@ -488,23 +489,25 @@ class Scheduler:
             + sum(len(row.owners) for row in rows),
             cached_tokens=sum(run.start for run in runs),
             algorithm=_algorithm(plan, choice),
-            predicted_s=self._predicted_s(choice, rows, riders),
+            predicted_s=self._predicted_s(choice, rows, riders, riding_s),
             choice=choice,
-            riding_s=self._chooser.riding(self._rows_of(riders)) if choice and riders else None,
+            riding_s=riding_s,
         )
 
     def _predicted_s(
-        self, choice: Choice | None, rows: Sequence[DecodeRow], riders: Sequence[Running]
+        self,
+        choice: Choice | None,
+        rows: Sequence[DecodeRow],
+        riders: Sequence[Running],
+        riding_s: float | None,
     ) -> float | None:
-        rows_of = self._rows_of(riders)
-        if choice is None and not rows:
+        if choice is not None:
+            if riding_s is None:
+                return choice.predicted_s
+            return self._chooser.mixed(choice, riding_s)
+        if not rows:
             return None
-        if choice is None:
-            return self._chooser.decode(rows_of, max(len(row.owners) for row in rows))
-        riding_s = self._chooser.riding(rows_of)
-        if riding_s is None or not riders:
-            return choice.predicted_s
-        return self._chooser.mixed(choice, riding_s)
+        return self._chooser.decode(self._rows_of(riders), max(len(row.owners) for row in rows))
 
     def _take_ended(self) -> tuple[int, ...]:
         ended, self._ended = self._ended, ()

@@ -58,7 +58,7 @@ class KVStoreConfig:
     """
 
     # In shared memory, of each host; 0: no store. None: a quarter of its memory where it has
-    # GPUs, none where it computes on CPU.
+    # GPUs or keeps KV on disk, else none: on CPU device memory is host memory.
     host_memory_bytes: int | None = None
     block_tokens: int = 256  # unit of what is stored, found, evicted and recomputed
     tenant_share: float = 1.0  # of a host's store that one tenant may fill

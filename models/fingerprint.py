@@ -12,8 +12,6 @@ says that a file is the same.
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import xxhash
 from models.errors import CheckpointError
 from models.json_fields import read_json
 from models.weights import weight_files
+from models.whole_file import write_whole
 
 # Of our maths: raised when the same tokens and weights come to other keys and values than before.
 KV_SEMANTICS = 1
@@ -106,7 +105,7 @@ class _DigestCache:
         content = json.dumps({"format": _CACHE_FORMAT, "digests": newest}, indent=1)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(self._path, content)
+            write_whole(self._path, content)
 
     def _load(self) -> dict[str, str]:
         try:
@@ -140,15 +139,3 @@ def _without_names(value: object) -> object:
     if isinstance(value, list):
         return [_without_names(each) for each in value]
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it: a reader sees the old one or the new."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -73,7 +73,7 @@ class PagePool:
         self.table = PageTable(num_pages=num_pages, page_tokens=page_tokens)
         self.dtype, self.device = dtype, device
         # Told which pages are about to be written anew, by whoever may still be reading them.
-        self.before_write: Callable[[set[int]], None] = lambda page_ids: None
+        self.before_write: Callable[[set[int]], None] | None = None
         self._encoding = None if kv_cache_dtype == "auto" else kv_cache_dtype
         # Rows; or codes, and beside them each row's largest magnitude.
         self._pages = allocate(head_dim, dtype if self._encoding is None else torch.uint8)
@@ -87,10 +87,12 @@ class PagePool:
         Raises:
             MemoryError: The pool has too few free pages; nothing is changed.
         """
-        held = set(self.table.run(op.sequence_id).page_ids) if isinstance(op, Grow) else set()
-        copy = self.table.apply(op, rank)
-        if isinstance(op, Grow):
+        if isinstance(op, Grow) and self.before_write is not None:
+            held = set(self.table.run(op.sequence_id).page_ids)
+            copy = self.table.apply(op, rank)
             self.before_write(set(self.table.run(op.sequence_id).page_ids) - held)
+        else:
+            copy = self.table.apply(op, rank)
         if copy is not None:
             for pages in self._memories:
                 copy_page(pages, copy.source, copy.target, copy.num_rows)

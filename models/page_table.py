@@ -9,7 +9,7 @@ every rank: a fork shares their pages by count, and what is cut off are last row
 """
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -81,11 +81,14 @@ class Run:
     def spans_between(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Return ``(position, row, count)`` of each piece of rows from one position to another."""
         spans = []
-        ends = [*self._rows, self.num_rows][1:]
-        for position, row, end_row in zip(self._positions, self._rows, ends, strict=True):
-            first, last = max(start, position), min(end, position + end_row - row)
-            if first < last:
-                spans.append((first, row + first - position, last - first))
+        first_row, end_row = self.rows_below(start), self.rows_below(end)
+        piece = bisect_right(self._rows, first_row) - 1
+        while first_row < end_row:
+            is_last = piece + 1 == len(self._rows)
+            piece_end = end_row if is_last else min(end_row, self._rows[piece + 1])
+            position = self._positions[piece] + first_row - self._rows[piece]
+            spans.append((position, first_row, piece_end - first_row))
+            first_row, piece = piece_end, piece + 1
         return spans
 
     def append(self, start: int, count: int) -> None:

@@ -79,7 +79,6 @@ class ThreadStores:
                     tenant_share=tenant_share,
                     disk_directory=None if disk_directory is None else str(disk_directory / host),
                     disk_bytes=disk_bytes,
-                    host_dtype=self.encoding,
                     disk_dtype=dtypes.get("disk", "raw"),
                     remote_dtype=self.remote_encoding,
                 )

@@ -9,11 +9,11 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from dataclasses import asdict
 from pathlib import Path
 
 from actors.kv.pieces import Layout
+from models.whole_file import write_whole
 
 MAX_BYTES = 4096  # more is none of ours
 
@@ -27,12 +27,7 @@ def write_layout(directory: Path, layout: Layout) -> None:
     digest = layout.digest().hex()
     if read_layout(directory, digest) == layout:
         return
-    draft = directory / f".{digest}.{secrets.token_hex(8)}.tmp"
-    try:
-        draft.write_text(json.dumps(asdict(layout)))
-        os.replace(draft, directory / f"{digest}.json")
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(directory / f"{digest}.json", json.dumps(asdict(layout)))
 
 
 def read_layout(directory: Path, digest: str) -> Layout | None:

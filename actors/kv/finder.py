@@ -72,7 +72,6 @@ class StoreFinder:
         self._rank_hosts = rank_hosts
         self._block_tokens = block_tokens
         self._timeout_s = timeout_s
-        self.failures: Counter[str] = Counter()  # calls of a host's store that failed
         self._asked_again_s: dict[str, float] = {}  # when a store that failed is, by host
 
     async def find(self, lookup: Lookup) -> StoredPrefix | None:
@@ -210,7 +209,6 @@ class StoreFinder:
         try:
             return await self._stores[host].call(method, *args, timeout_s=timeout_s)
         except Exception:  # whatever it is, the cluster goes on without that store
-            self.failures[host] += 1
             self._asked_again_s[host] = time.perf_counter() + PAUSE_S
             return None
 

@@ -16,13 +16,12 @@ class StoreSpec:
     host: str  # its name, as ranks of this host have it
     layout: Layout
     capacity_bytes: int  # of the arena
-    cluster: str  # name of this cluster: of arenas, and in Flight tickets
+    cluster: str  # name of this cluster, in those of its arenas
     token: str  # that Flight asks for
     tenant_share: float = 1.0  # of the arena that one tenant may fill
     lease_s: float = 300.0  # after which a lease that nobody returned is over
     disk_directory: str | None = None
     disk_bytes: int = 0
-    host_dtype: str = "raw"
     disk_dtype: str = "raw"
     remote_dtype: str = "raw"
 

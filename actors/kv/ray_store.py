@@ -98,7 +98,6 @@ class RayStoreHandle:
     def __init__(self, actor: Any, info: StoreInfo) -> None:
         """Take the actor and what it said when it was up."""
         self.actor = actor
-        self.info = info
         self.host = info.host
         self.flight_address = info.flight_address
 

@@ -35,11 +35,10 @@ CreateStore = Callable[[StoreSpec, PlacementGroup, Place], Any]
 class Stores:
     """The stores, the keys of what they hold, and who finds it."""
 
-    def __init__(self, handles: Sequence[RayStoreHandle], keys: TenantKeys, config: Config) -> None:
+    def __init__(self, handles: Sequence[RayStoreHandle], keys: TenantKeys) -> None:
         """Take stores that are up."""
         self.keys = keys
         self._handles = handles
-        self._config = config
         self.finder: StoreFinder
 
     @classmethod
@@ -47,6 +46,7 @@ class Stores:
         cls,
         config: Config,
         layout: Layout,
+        capacity_bytes: int,
         ranks: Ranks,
         places: Sequence[Place],
         group: PlacementGroup,
@@ -62,14 +62,16 @@ class Stores:
         cluster = secrets.token_hex(4)
         by_host = {where.host: where for where in places}
         actors = {
-            host: create_store(_spec(config, layout, host, cluster, token), group, where)
+            host: create_store(
+                _spec(config, layout, capacity_bytes, host, cluster, token), group, where
+            )
             for host, where in by_host.items()
         }
         keys, infos = await asyncio.gather(
             asyncio.to_thread(_keys, config, layout),
             asyncio.gather(*(_up(host, actor) for host, actor in actors.items())),
         )
-        stores = cls([RayStoreHandle(actors[info.host], info) for info in infos], keys, config)
+        stores = cls([RayStoreHandle(actors[info.host], info) for info in infos], keys)
         stores.finder = StoreFinder(
             stores._handles,
             [where.host for where in places],
@@ -124,19 +126,20 @@ def store_bytes(config: Config, device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
-def _spec(config: Config, layout: Layout, host: str, cluster: str, token: str) -> StoreSpec:
+def _spec(
+    config: Config, layout: Layout, capacity_bytes: int, host: str, cluster: str, token: str
+) -> StoreSpec:
     kv = config.kv_store
     return StoreSpec(
         host=host,
         layout=layout,
-        capacity_bytes=store_bytes(config, config.device),
+        capacity_bytes=capacity_bytes,
         cluster=cluster,
         token=token,
         tenant_share=kv.tenant_share,
         lease_s=kv.lease_s,
         disk_directory=kv.disk_directory,
         disk_bytes=kv.disk_bytes,
-        host_dtype=_encoding(kv.host_dtype, config),
         disk_dtype=_encoding(kv.disk_dtype, config),
         remote_dtype=_encoding(kv.remote_dtype, config),
     )

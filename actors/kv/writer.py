@@ -6,11 +6,11 @@ its copy first (`BlockWriter.wait_for`).
 """
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +22,32 @@ from actors.kv.messages import Lease, StoreBlocks
 from actors.kv.pieces import Layout, PieceId, Record, checksum, write_header
 from models.kv_codec import Encoding, encode, layer_bytes
 from models.page_pool import PagePool, Spans
+from models.page_table import Run
 
-MAX_PENDING = 4096  # pieces; more are not stored
-BATCH = 32  # pieces of one call of the store
+MAX_PENDING = 16384  # blocks; more are not stored
+BATCH = 64  # pieces of one call of the store
 PATIENCE_S = 30.0  # for the copy of a page that is about to be overwritten
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, kw_only=True)
+class _Order:
+    """Blocks that are to be written, and where this rank's rows of them lie."""
+
+    blocks: StoreBlocks
+    run: Run  # as it was when they were complete
+    page_ids: frozenset[int]  # that are read
+    written: "torch.cuda.Event | None"  # after which the rows can be read
+    is_void: bool = False  # pages are overwritten: what is not committed must not be
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """One piece: which rows of which pages."""
+    """One piece: which rows."""
 
     piece: PieceId
-    tenant: bytes
-    page_ids: tuple[int, ...]
-    spans: Spans  # in these pages
-    written: "torch.cuda.Event | None"  # after which the rows can be read
+    spans: Spans
 
 
 class BlockWriter:
@@ -62,85 +71,93 @@ class BlockWriter:
         self._owner = owner
         self._encoding = encoding
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._idle = threading.Condition()
-        self._pending: Counter[int] = Counter()  # pages that are still to be read
-        self._num_pending = 0
-        self.counts: Counter[str] = Counter()
+        self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._pending: list[_Order] = []
         self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
         self._thread.start()
 
     def submit(self, blocks: StoreBlocks) -> None:
         """Have this rank's rows of some blocks written; what does not fit the queue is not."""
-        run = self._pool.table.run(blocks.sequence_id)
-        tokens, capacity = self._layout.block_tokens, self._pool.table.page_tokens
+        table, tokens = self._pool.table, self._layout.block_tokens
+        run, start = table.run(blocks.sequence_id), blocks.first_block * tokens
+        first_row = run.rows_below(start)
+        end_row = run.rows_below(start + len(blocks.keys) * tokens)
+        with self._changed:
+            waiting = sum(len(order.blocks.keys) for order in self._pending)
+        if first_row == end_row or waiting > MAX_PENDING or self._client.is_lost:
+            return
         written = None
         if self._stream is not None:
             written = torch.cuda.Event()
             written.record()
-        for number, key in enumerate(blocks.keys, blocks.first_block):
-            start = number * tokens
-            for position, row, count in run.spans_between(start, start + tokens):
-                if self._num_pending >= MAX_PENDING or self._client.is_lost:
-                    self.counts["skipped"] += 1
-                    continue
-                first = row // capacity
-                job = _Job(
-                    piece=PieceId(key, position - start, position - start + count, self._encoding),
-                    tenant=blocks.tenant,
-                    page_ids=tuple(run.page_ids[first : -(-(row + count) // capacity)]),
-                    spans=self._pool.spans(run.page_ids, row, count),
-                    written=written,
-                )
-                with self._idle:
-                    self._pending.update(job.page_ids)
-                    self._num_pending += 1
-                self._jobs.put(job)
+        rows = run.prefix(end_row, table.page_tokens)
+        order = _Order(
+            blocks=blocks,
+            run=rows,
+            page_ids=frozenset(rows.page_ids[first_row // table.page_tokens :]),
+            written=written,
+        )
+        with self._changed:
+            self._pending.append(order)
+        self._orders.put(order)
 
-    def wait_for(self, page_ids: Iterable[int]) -> None:
-        """Return when no copy of these pages is left to make."""
-        wanted = set(page_ids)
-        with self._idle:
-            self._idle.wait_for(lambda: not wanted & self._pending.keys(), PATIENCE_S)
+    def wait_for(self, page_ids: Set[int]) -> None:
+        """Return when no copy of these pages is left to make, or none that will be kept."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._readers(page_ids), PATIENCE_S)
+            for order in self._readers(page_ids):
+                order.is_void = True
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all is written; return whether it is."""
-        with self._idle:
-            return self._idle.wait_for(lambda: self._num_pending == 0, timeout_s)
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._pending, timeout_s)
 
-    def close(self) -> None:
-        """End the thread; what is left is not written."""
-        self._jobs.put(None)
+    def _readers(self, page_ids: Set[int]) -> list[_Order]:
+        return [order for order in self._pending if not order.page_ids.isdisjoint(page_ids)]
 
     def _run(self) -> None:
-        while (first := self._jobs.get()) is not None:
-            jobs = [first]
-            with contextlib.suppress(queue.Empty):
-                while len(jobs) < BATCH and (job := self._jobs.get_nowait()) is not None:
-                    jobs.append(job)
+        while True:
+            order = self._orders.get()
             try:
-                self._write(jobs)
+                jobs = self._jobs(order)
+                while not order.is_void and (batch := list(itertools.islice(jobs, BATCH))):
+                    self._write(order, batch)
             except StoreLost:
                 _log.warning("the KV store of this host is lost: blocks are not stored any more")
             except Exception:  # blocks that are not stored are computed again, no more
                 _log.exception("blocks could not be stored")
-                self.counts["failed"] += len(jobs)
             finally:
-                self._done(jobs)
+                with self._changed:
+                    self._pending.remove(order)
+                    self._changed.notify_all()
 
-    def _write(self, jobs: Sequence[_Job]) -> None:
-        for tenant in dict.fromkeys(job.tenant for job in jobs):
-            of = [job for job in jobs if job.tenant == tenant]
-            wanted = [(job.piece, self._record(job).size_bytes) for job in of]
-            leases: list[Lease | None] = self._client.call("reserve", tenant, self._owner, wanted)
-            done = []
-            for job, lease in zip(of, leases, strict=True):
-                if lease is not None:
-                    done.append((lease.lease_id, self._fill(job, lease)))
-                    self.counts["bytes"] += lease.size_bytes
-            if done:
-                self._client.call("commit", done)
-            self.counts["stored"] += len(done)
+    def _jobs(self, order: _Order) -> Iterator[_Job]:
+        tokens = self._layout.block_tokens
+        for number, key in enumerate(order.blocks.keys, order.blocks.first_block):
+            start = number * tokens
+            for position, row, count in order.run.spans_between(start, start + tokens):
+                first = position - start
+                yield _Job(
+                    piece=PieceId(key, first, first + count, self._encoding),
+                    spans=self._pool.spans(order.run.page_ids, row, count),
+                )
+
+    def _write(self, order: _Order, jobs: Sequence[_Job]) -> None:
+        wanted = [(job.piece, self._record(job).size_bytes) for job in jobs]
+        leases: list[Lease | None] = self._client.call(
+            "reserve", order.blocks.tenant, self._owner, wanted
+        )
+        done = [
+            (lease.lease_id, self._fill(job, lease, order.written))
+            for job, lease in zip(jobs, leases, strict=True)
+            if lease is not None
+        ]
+        if done and order.is_void:
+            self._client.call("abort", [lease_id for lease_id, _ in done])
+        elif done:
+            self._client.call("commit", done)
 
     def _record(self, job: _Job) -> Record:
         return Record(
@@ -154,11 +171,11 @@ class BlockWriter:
             ),
         )
 
-    def _fill(self, job: _Job, lease: Lease) -> bytes:
+    def _fill(self, job: _Job, lease: Lease, written: "torch.cuda.Event | None") -> bytes:
         """Write a piece's record; return its seal."""
         record = self._arena.view(lease.offset_bytes, lease.size_bytes)
         where = self._record(job)
-        with self._on_stream(job.written):
+        with self._on_stream(written):
             for layer in range(where.num_layers):
                 self._copy_layer(job, layer, where.layer(record, layer))
         if self._stream is not None:
@@ -195,11 +212,3 @@ class BlockWriter:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(written)
             yield
-
-    def _done(self, jobs: Sequence[_Job]) -> None:
-        with self._idle:
-            for job in jobs:
-                self._pending.subtract(job.page_ids)
-            self._pending += Counter()  # forget what is at zero
-            self._num_pending -= len(jobs)
-            self._idle.notify_all()
