@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from actors.detokenizer import AnswerText
 from actors.generation import Generation
-from actors.kv.messages import Tier
+from actors.kv.messages import RestoreTimes, Tier, parts_behind
+from actors.kv.pieces import ACTIVATIONS
 from actors.logprobs import Spell, read_logprobs, read_prompt_logprobs
 from actors.messages import (
     CompletionOutput,
@@ -38,6 +39,8 @@ class Answer:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.begin_s = 0.0  # of its first step, by time.perf_counter
         self.first_token_s = 0.0
+        # Of each record: its end by time.perf_counter, and tokens of this prompt computed in it.
+        self._steps: list[tuple[float, int]] = []
         self._text = text
         self._logprobs: list[TokenLogprobs] = []
         # By the position of a chunk: the chunk, and each rank's rows of it.
@@ -52,9 +55,11 @@ class Answer:
     ) -> None:
         """Take what each rank made of this answer's part in a step."""
         self.records.append(record)
+        tokens = len(part.token_ids) if isinstance(part, PrefillChunk) else 0
+        self._steps.append((time.perf_counter(), tokens))
         if self.generation.token_ids:
             self.first_token_s = self.first_token_s or time.perf_counter()
-        if isinstance(part, PrefillChunk) and part.restored:
+        if isinstance(part, PrefillChunk) and part.behind_restored:
             self._take_restored(record, part, results)
         if any(each.bad_from is not None for each in results):
             return  # what was computed on damaged rows is void
@@ -65,14 +70,30 @@ class Answer:
     def _take_restored(
         self, record: StepRecord, chunk: PrefillChunk, results: Sequence[SequenceResult]
     ) -> None:
-        """Note what came back with a chunk; rows behind a damaged one are void."""
+        """Note what came back before a chunk; rows behind a damaged one are void."""
+        stored, tokens = self.generation.restored[-1]
         damaged = [each.bad_from for each in results if each.bad_from is not None]
         end = min(damaged, default=chunk.start)
         tiers: Counter[Tier] = Counter()
-        for part in chunk.restored:
+        projected = 0
+        for part in parts_behind(stored, end - tokens):
             if part.start < end:
-                tiers[part.tier] += min(part.end, end) - part.start
-        stored, _ = self.generation.restored[-1]
+                rows = min(part.end, end) - part.start
+                tiers[part.tier] += rows
+                projected += rows * (part.lease.piece.encoding == ACTIVATIONS)
+        now_s = time.perf_counter()
+        measured_s = max(now_s - stored.begin_s, 1e-9)
+        since = sum(end_s <= stored.begin_s for end_s, _ in self._steps)
+        steps = self.records[since:]
+        times = [each.restore or RestoreTimes() for each in results]
+        busy_s = [
+            sum(
+                each.ranks_wall_s[rank] - each.ranks_parts_s[rank].get("restore", 0.0)
+                for each in steps
+            )
+            + of_rank.project_s
+            for rank, of_rank in enumerate(times)
+        ]
         self.restored.append(
             Restored(
                 tokens=tiers.total(),
@@ -80,6 +101,17 @@ class Answer:
                 find_s=stored.find_s,
                 stage_s=stored.stage_s,
                 copy_s=max(parts_s.get("restore", 0.0) for parts_s in record.ranks_parts_s),
+                projected_tokens=projected,
+                recomputed_tokens=sum(tokens for _, tokens in self._steps[since:-1]),
+                recompute_s=sum(max(each.ranks_wall_s) for each in steps[:-1]),
+                recompute_predicted_s=sum(each.predicted_s or 0.0 for each in steps[:-1]),
+                link_bytes=sum(each.link_bytes for each in times),
+                predicted_s=stored.choice.predicted_s,
+                measured_s=measured_s,
+                alternatives_s=stored.choice.alternatives_s,
+                link_idle=_idle([each.link_s for each in times], measured_s),
+                device_idle=_idle(busy_s, measured_s),
+                simulated_link_bytes_per_s=stored.choice.link_bytes_per_s,
             )
         )
 
@@ -146,6 +178,11 @@ class Answer:
         if not self._prompt_logprobs:
             return None
         return read_prompt_logprobs(list(self._prompt_logprobs.values()), prompt_tokens, spell)
+
+
+def _idle(busy_s: Sequence[float], total_s: float) -> float:
+    """Return the share of a time in which some ranks were not busy, their mean."""
+    return max(0.0, 1.0 - sum(busy_s) / (len(busy_s) * total_s))
 
 
 def step_record(

@@ -4,12 +4,11 @@ By price where rates are known, by the paper's thresholds, or as the
 configuration says. No Ray, no tensors, no clock.
 """
 
-import statistics
-from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from actors.ratios import Ratios
 from models.cost import SequenceShape, price_decode, price_prefill, price_whole
 from models.rates import ModelShape, Rates
 from models.ring_rules import Algorithm, algorithm_1, algorithm_5, empirical
@@ -19,8 +18,7 @@ TIE = 0.01  # pass-KV, which needs no return of partials, is taken up to this sh
 LEAST_TARGET_S = 0.05  # a shorter step would be Ray's call more than work
 DISPATCHES = 20  # a step takes as long as so many plans take to be handed out
 MIXED = "mixed"  # steps of chunks and decode rows
-KEPT_RATIOS = 15  # of measured to predicted time; their median is believed
-RATIO_LIMIT = 4.0  # what lies further from the price, a stall say, says nothing of the rates
+RATIO_LIMIT = 4.0  # of measured to predicted time: what lies further says nothing of the rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,12 @@ class Chooser:
         self._model = model
         self._rates = rates
         self._num_ranks = num_ranks
-        self._ratios: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_RATIOS))
+        self._ratios = Ratios(RATIO_LIMIT)
+
+    @property
+    def dispatch_s(self) -> float:
+        """What handing out a plan takes; 0 without rates."""
+        return 0.0 if self._rates is None else self._rates.dispatch_s
 
     def home(
         self, sequence: SequenceShape, *, free_rank: int = 0, answer_tokens: int = 0
@@ -89,7 +92,7 @@ class Chooser:
         choice = Choice(algorithm=algorithm, whole=not sharded, predicted_s=None, prices_s=prices_s)
         if self._rates is None:
             return choice
-        predicted_s = prices_s[algorithm] * self._correction(choice)
+        predicted_s = prices_s[algorithm] * self._ratios.middle(_kind(choice))
         return replace(choice, predicted_s=predicted_s)
 
     def decode(self, rows_by_rank: Sequence[tuple[int, ...]], steps: int = 1) -> float | None:
@@ -151,29 +154,18 @@ class Chooser:
         ratios of measured to priced time. Choices are not: a price that is never
         paid is never corrected, and one sided corrections would only swing them.
         """
-        self._keep(_kind(choice), choice.prices_s.get(choice.algorithm), measured_s)
+        self._ratios.keep(_kind(choice), choice.prices_s.get(choice.algorithm), measured_s)
 
     def mixed(self, choice: Choice | None, riding_s: float) -> float:
         """Return the predicted seconds of chunks with decode rows beside them."""
-        return self._mixed_price(choice, riding_s) * self._median_ratio(MIXED)
+        return self._mixed_price(choice, riding_s) * self._ratios.middle(MIXED)
 
     def observe_mixed(self, choice: Choice, riding_s: float, measured_s: float) -> None:
         """Learn from a step of both, as `observe` does from one of chunks."""
-        self._keep(MIXED, self._mixed_price(choice, riding_s), measured_s)
+        self._ratios.keep(MIXED, self._mixed_price(choice, riding_s), measured_s)
 
     def _mixed_price(self, choice: Choice | None, riding_s: float) -> float:
         return riding_s + (0.0 if choice is None else choice.prices_s[choice.algorithm])
-
-    def _correction(self, choice: Choice) -> float:
-        return self._median_ratio(_kind(choice))
-
-    def _median_ratio(self, kind: str) -> float:
-        ratios = self._ratios.get(kind)
-        return statistics.median(ratios) if ratios else 1.0
-
-    def _keep(self, kind: str, price_s: float | None, measured_s: float) -> None:
-        if price_s and 1 / RATIO_LIMIT <= measured_s / price_s <= RATIO_LIMIT:
-            self._ratios[kind].append(measured_s / price_s)
 
     def _prices_s(self, sequences: Sequence[SequenceShape]) -> dict[str, float]:
         if self._rates is None:

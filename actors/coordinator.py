@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +17,20 @@ import torch.distributed as dist
 from actors.choice import Chooser
 from actors.cluster_info import ClusterInfo, size_pool
 from actors.device_cache import DeviceCache
-from actors.engine import Engine
+from actors.engine import Engine, StoreSide
 from actors.errors import ClusterError
 from actors.kv.pieces import Layout
-from actors.kv.stores import CreateStore, Stores, store_bytes
+from actors.kv.stores import CreateStore, Stores, is_lossy, store_bytes
 from actors.messages import Plan, Progress, Request, RequestDelta, RequestOutput, WorkerSpec
 from actors.offload import Offload
 from actors.placement import Place, place
-from actors.profile_file import ProfileFacts, ProfileFile, host_numbers
+from actors.profile_file import ProfileFacts, ProfileFile, RestoreFacts, host_numbers
 from actors.ranks import Ranks
 from actors.requests import RequestReader
-from actors.scheduler import Limits, Scheduler
+from actors.restore import RestorePlanner, RestoreRules
+from actors.restore_profile import find_restore_rates
+from actors.scheduler import Scheduler
+from actors.step_sizes import Limits
 from actors.trace import Trace, Tracer
 from actors.worker import DTYPES
 from configs import Config
@@ -102,7 +105,10 @@ class Coordinator:
                 group,
                 self._create_store,
             )
-        self._engine = self._make_engine(num_pages, await self._find_rates())
+        rates = await self._find_rates()
+        chooser = Chooser(config.ring.algorithm, self._shape(), rates, len(places))
+        store_side = None if self._stores is None else await self._plan_restores(chooser, places)
+        self._engine = self._make_engine(num_pages, chooser, store_side)
         self._ranks.watch()
         self._runner = asyncio.create_task(self._engine.run())
         return self._info
@@ -191,8 +197,17 @@ class Coordinator:
 
     async def _find_rates(self) -> Rates:
         """Return what this ring does in a second, as measured now or by an earlier start."""
+        config, file = self._config, self._profile_file()
+        rates = None if config.profile.refresh else await asyncio.to_thread(file.load)
+        if rates is None:
+            measured = await self._ranks.call("profile", timeout_s=config.ray.start_timeout_s)
+            rates = dataclasses.replace(measured[0], dispatch_s=await self._dispatch_s())
+            await asyncio.to_thread(file.save, rates)
+        return rates
+
+    def _profile_file(self) -> ProfileFile:
         config, workers = self._config, self._info.workers
-        file = ProfileFile(
+        return ProfileFile(
             config.profile.directory,
             ProfileFacts(
                 devices=tuple(worker.device_name for worker in workers),
@@ -203,12 +218,42 @@ class Coordinator:
                 model=self._shape(),
             ),
         )
-        rates = None if config.profile.refresh else await asyncio.to_thread(file.load)
-        if rates is None:
-            measured = await self._ranks.call("profile", timeout_s=config.ray.start_timeout_s)
-            rates = dataclasses.replace(measured[0], dispatch_s=await self._dispatch_s())
-            await asyncio.to_thread(file.save, rates)
-        return rates
+
+    async def _plan_restores(self, chooser: Chooser, places: Sequence[Place]) -> StoreSide:
+        """Return who plans restores; what is stored how from now on follows from its rates."""
+        config, stores = self._config, self._stores
+        assert stores is not None
+        rates = await find_restore_rates(
+            self._ranks,
+            stores.handles,
+            self._profile_file(),
+            RestoreFacts(
+                block_tokens=config.kv_store.block_tokens,
+                host_dtype=config.kv_store.host_dtype,
+                disk_directory=config.kv_store.disk_directory,
+            ),
+            refresh=config.profile.refresh,
+            timeout_s=config.ray.start_timeout_s,
+        )
+        rules = RestoreRules(
+            method=config.restore.method,
+            objective=config.restore.objective,
+            activations="never" if is_lossy(config) else config.restore.activations,
+            block_tokens=config.kv_store.block_tokens,
+            max_chunk_tokens=config.max_num_batched_tokens,
+            rank_hosts=tuple(where.host for where in places),
+            copies_compute=self._info.workers[0].device == "cpu",
+            link_bytes_per_s=config.restore.link_bytes_per_s,
+        )
+        planner = RestorePlanner(self._shape(), chooser, rates, rules)
+        await asyncio.to_thread(planner.warm_up)
+        await self._ranks.call(
+            "keep_activations",
+            planner.activation_share,
+            config.restore.activations == "both",
+            timeout_s=config.ray.start_timeout_s,
+        )
+        return StoreSide(stores.finder, planner)
 
     async def _dispatch_s(self) -> float:
         """Return what an empty plan takes: to all ranks and back, the lower quartile of some."""
@@ -226,6 +271,7 @@ class Coordinator:
         model = self._model
         return Layout(
             num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             dtype=self._info.workers[0].dtype,
@@ -235,7 +281,9 @@ class Coordinator:
     def _shape(self) -> ModelShape:
         return model_shape(self._model, DTYPES[self._info.workers[0].dtype].itemsize)
 
-    def _make_engine(self, num_pages: int, rates: Rates) -> Engine:
+    def _make_engine(
+        self, num_pages: int, chooser: Chooser, store_side: StoreSide | None
+    ) -> Engine:
         config, info = self._config, self._info
         cache = DeviceCache(
             num_ranks=info.num_ranks,
@@ -243,7 +291,6 @@ class Coordinator:
             page_tokens=config.page_tokens,
             shares=config.enable_prefix_caching,
         )
-        chooser = Chooser(config.ring.algorithm, self._shape(), rates, info.num_ranks)
         target_s = config.scheduler.step_target_s
         limits = Limits(
             decode_block_tokens=config.decode_block_tokens,
@@ -270,7 +317,7 @@ class Coordinator:
             chooser,
             reader,
             self._tracer,
-            None if self._stores is None else self._stores.finder,
+            store_side,
         )
 
     def _spec(self, where: Place, device: Literal["cpu", "cuda"]) -> WorkerSpec:

@@ -7,7 +7,7 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,19 @@ from actors.errors import UnknownRequest
 from actors.kv.finder import StoreFinder
 from actors.messages import (
     FinishReason,
+    PrefillChunk,
     Progress,
     Request,
     RequestDelta,
     RequestOutput,
+    SequenceResult,
     StepRecord,
     StepResult,
 )
 from actors.offload import Lookup
 from actors.ranks import Ranks
 from actors.requests import OpenRequest, RequestReader
+from actors.restore import RestorePlanner
 from actors.scheduler import Scheduler, Step
 from actors.trace import Tracer
 from models.errors import PromptError
@@ -38,6 +41,14 @@ RECENT_S = 10.0  # over which rates of work are told
 # one under way, of whose predicted time this share is believed.
 LEAD_S = 0.015
 BELIEVED = 0.8
+
+
+@dataclass(frozen=True)
+class StoreSide:
+    """Who finds what the KV stores have, and who says how it comes back."""
+
+    finder: StoreFinder
+    planner: RestorePlanner
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Engine:
         chooser: Chooser,
         reader: RequestReader,
         tracer: Tracer,
-        finder: StoreFinder | None = None,
+        stores: StoreSide | None = None,
     ) -> None:
         """Take what reads requests, what plans steps, and what executes them; then `run`."""
         self.scheduler = scheduler
@@ -69,7 +80,7 @@ class Engine:
         self._chooser = chooser
         self._reader = reader
         self._tracer = tracer
-        self._finder = finder
+        self._stores = stores
         self._store_calls: set[asyncio.Task[None]] = set()
         self._work = asyncio.Event()  # set where the scheduler may have something to do
         self._requests: dict[str, OpenRequest] = {}
@@ -153,6 +164,7 @@ class Engine:
             "step_target_s": scheduler.limits.step_target_s,
             "prefill_tokens_per_s": sum(r.prefill_tokens for r in records) / span_s,
             "decode_tokens_per_s": sum(r.decode_tokens for r in records) / span_s,
+            "restore": None if self._stores is None else self._stores.planner.status(),
         }
 
     async def run(self) -> None:
@@ -205,20 +217,29 @@ class Engine:
 
     def _call_stores(self) -> None:
         """Have prompts looked up in the KV stores, and leases returned, beside the steps."""
-        finder, offload = self._finder, self.scheduler.offload
-        if finder is None or offload is None:
+        stores, offload = self._stores, self.scheduler.offload
+        if stores is None or offload is None:
             return
-        calls = [self._look_up(finder, lookup) for lookup in offload.take_lookups()]
-        calls += [finder.release(stored) for stored in offload.take_returned()]
+        calls = [self._look_up(stores, lookup) for lookup in offload.take_lookups()]
+        calls += [stores.finder.release(stored) for stored in offload.take_returned()]
         for call in calls:
             task = asyncio.create_task(call)
             self._store_calls.add(task)
             task.add_done_callback(self._store_calls.discard)
 
-    async def _look_up(self, finder: StoreFinder, lookup: Lookup) -> None:
+    async def _look_up(self, stores: StoreSide, lookup: Lookup) -> None:
         stored = None
         try:
-            stored = await finder.find(lookup)
+            found = await stores.finder.find(lookup)
+            choice = None
+            if found is not None:
+                # In a thread: a plan takes milliseconds, and steps are handed out meanwhile.
+                choice = await asyncio.to_thread(stores.planner.choose, found)
+            if found is not None and choice is not None:
+                if found.is_far and choice.recompute_to > lookup.start:
+                    self.scheduler.begin_ahead(lookup, choice.recompute_to)
+                    self._work.set()
+                stored = await stores.finder.stage(found, choice)
         finally:
             self.scheduler.found(lookup, stored)
             self._work.set()
@@ -280,12 +301,23 @@ class Engine:
             if answer.done.done():
                 continue  # cancelled meanwhile
             part = step.plan.parts[index]
-            answer.take(record, part, [result.sequences[index] for result in results])
+            sequences = [result.sequences[index] for result in results]
+            answer.take(record, part, sequences)
+            if isinstance(part, PrefillChunk) and part.behind_restored:
+                self._take_restored(answer, sequences)
             if answer.generation.finish_reason is not None:
                 self._complete(answer)
             else:
                 opened.tell(answer)
         return end_s
+
+    def _take_restored(self, answer: Answer, results: Sequence[SequenceResult]) -> None:
+        """Learn from what came back before a chunk, and have it in the trace."""
+        stored, _ = answer.generation.restored[-1]
+        self._tracer.add_restore(stored.begin_s, answer.restored[-1])
+        if self._stores is not None and all(each.bad_from is None for each in results):
+            self._stores.planner.observe(stored, [each.restore for each in results])
+            self._stores.planner.note(answer.restored[-1])
 
     def _complete(self, answer: Answer) -> None:
         opened, _ = self._answers.pop(answer.generation.sequence_id)

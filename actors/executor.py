@@ -7,9 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from actors.kv.activations import ActivationCapture, StepRows, TakeInputs
 from actors.kv.loader import Restoring
+from actors.kv.messages import RestoreTimes
 from actors.kv.rank import RankStore
 from actors.messages import DecodeRow, Plan, PrefillChunk, SequenceResult
+from actors.plans import chunk_spans
 from actors.sampler import Sampler
 from attention import PassKVAttention, PassQAttention, Ring, RingSequence
 from attention.timing import PartTimer
@@ -17,9 +20,12 @@ from models.decoder import Decoder
 from models.layer_attention import DecodeAttention, MixedAttention, NewRows, PrefillAttention
 from models.logprobs import TokenLogprobs, logprobs_in_pieces
 from models.page_pool import PagePool
+from models.page_table import Truncate
 
 AROUND_RING = {"pass_kv": PassKVAttention, "pass_q": PassQAttention}
 Choice = tuple[int, bool]  # a token, and whether it ends the answer
+_Restored = tuple[int | None, RestoreTimes | None]  # first damaged position, and times
+NOTHING: _Restored = (None, None)
 
 
 class PlanExecutor:
@@ -32,7 +38,8 @@ class PlanExecutor:
         self.ring = ring  # may be another end of the same ring while a trace is recorded
         self._piece_bytes = piece_bytes
         self.store: RankStore | None = None  # set once, where there is a KV store
-        self._restoring: Restoring | None = None
+        self._restoring: dict[int, Restoring] = {}  # by sequence, those under way
+        self._awaited: list[Restoring] = []  # by the step under way
         self._sampler = Sampler(decoder.config.vocab_size, decoder.device)
         self._rounds_done = 0
         self._rounds = 1
@@ -44,15 +51,33 @@ class PlanExecutor:
         """The share of the prefill under way that is done, 0 to 1."""
         return min(1.0, self._rounds_done / self._rounds)
 
+    @property
+    def restoring(self) -> dict[int, float]:
+        """Of sequences whose rows come back, the share of layers that is there, 0 to 1."""
+        return {sequence_id: each.share for sequence_id, each in self._restoring.items()}
+
     def execute(self, plan: Plan, timer: PartTimer) -> tuple[SequenceResult, ...]:
         """Return what this rank knows of each of the plan's sequences, in their order."""
         for blocks in plan.stores:
             assert self.store is not None
             self.store.writer.submit(blocks)
         for op in plan.cache_ops:
+            if isinstance(op, Truncate) and op.sequence_id in self._restoring:
+                self._restoring.pop(op.sequence_id).abort()  # its pages are given to others
             self._pool.apply(op, self.ring.rank)
+            if self._capture is not None and isinstance(op, Truncate):
+                self._capture.forget(op.sequence_id, op.position)
         for sequence_id in plan.ended:
             self._sampler.forget(sequence_id)
+            if self._capture is not None:
+                self._capture.forget(sequence_id)
+        for order in plan.restores:
+            parts = [part for part in order.parts if part.rank == self.ring.rank]
+            if parts:
+                assert self.store is not None
+                self._restoring[order.sequence_id] = self.store.loader.begin(
+                    order.sequence_id, parts, patience_s=order.patience_s
+                )
         if plan.chunks:
             return self._mixed(plan, timer)
         return self._burst(plan.rows, timer)
@@ -75,14 +100,17 @@ class PlanExecutor:
         samples = [chunk.draw is not None and chunk.sampling_rank == rank for chunk in computed]
         keeps_all = any(chunk.prompt_logprobs is not None for chunk in plan.chunks)
         rows = self._own_rows(plan.rows)
-        restored = {chunk.sequence_id: chunk.restored for chunk in computed if chunk.restored}
-        self._restoring = None
-        if restored:
-            assert self.store is not None
-            self._restoring = self.store.loader.begin(restored)
+        awaited = {
+            chunk.sequence_id: self._restoring.pop(chunk.sequence_id)
+            for chunk in computed
+            if chunk.behind_restored and chunk.sequence_id in self._restoring
+        }
+        self._awaited = list(awaited.values())
         hidden_TE = self._forward(plan, computed, indices, samples, rows, keeps_all, timer)
         hidden_TE, decoded_BE = hidden_TE.split([len(hidden_TE) - len(rows), len(rows)])
-        damaged = {} if self._restoring is None else self._restoring.finish()
+        restored: dict[int, _Restored] = {
+            sequence_id: each.finish() for sequence_id, each in awaited.items()
+        }
         prompt_logprobs: dict[int, TokenLogprobs] = {}
         if keeps_all:
             pieces = hidden_TE.split([len(each) for each in indices])
@@ -105,7 +133,8 @@ class PlanExecutor:
                 token_ids=token_ids.get(part.sequence_id, ()),
                 logprobs=self._sampler.take_logprobs(part.sequence_id),
                 prompt_logprobs=prompt_logprobs.get(part.sequence_id),
-                bad_from=damaged.get(part.sequence_id),
+                bad_from=restored.get(part.sequence_id, NOTHING)[0],
+                restore=restored.get(part.sequence_id, NOTHING)[1],
             )
             for part in plan.parts
         )
@@ -136,9 +165,15 @@ class PlanExecutor:
         )
         attention = self._prefill_attention(plan, computed, indices, keeps_all, timer)
         kept = None if keeps_all else _last_rows(indices, samples)
+        on_inputs = self._capture_rows(computed, decoded)
         if not decoded:
             return self._decoder.forward(
-                ids_T.to(device), positions_T.to(device), attention, timer, keep_rows=kept
+                ids_T.to(device),
+                positions_T.to(device),
+                attention,
+                timer,
+                keep_rows=kept,
+                on_inputs=on_inputs,
             )
         decoded_ids, decoded_positions, decode_attention = self._decode_inputs(
             decoded, 0, {}, timer
@@ -152,7 +187,33 @@ class PlanExecutor:
             MixedAttention(attention, decode_attention, len(decoded)),
             timer,
             keep_rows=kept,
+            on_inputs=on_inputs,
         )
+
+    @property
+    def _capture(self) -> ActivationCapture | None:
+        return None if self.store is None else self.store.capture
+
+    def _capture_rows(
+        self, chunks: Sequence[PrefillChunk], decoded: Sequence[DecodeRow], step: int = 0
+    ) -> TakeInputs | None:
+        """Return what takes the inputs of layers that are stored; decode rows come last."""
+        if self._capture is None:
+            return None
+        rank, end = self.ring.rank, 0
+        rows = []
+        for chunk in chunks:
+            for position, count in chunk_spans(chunk)[rank]:
+                rows.append(
+                    StepRows(sequence_id=chunk.sequence_id, position=position, row=end, count=count)
+                )
+                end += count
+        rows += [
+            StepRows(sequence_id=row.sequence_id, position=row.position + step, row=index, count=1)
+            for index, row in enumerate(decoded, end)
+            if row.owners[step] == rank
+        ]
+        return self._capture.step(rows)
 
     def _prefill_attention(
         self,
@@ -200,9 +261,10 @@ class PlanExecutor:
 
     def _wait_for(self, layer: int, timer: PartTimer) -> None:
         """Return when what is restored of a layer is there."""
-        if self._restoring is not None:
+        if self._awaited:
             with timer("restore"):
-                self._restoring.wait(layer)
+                for restoring in self._awaited:
+                    restoring.wait(layer)
 
     def _sample_first(
         self, hidden_RE: Tensor, chunks: Sequence[PrefillChunk]
@@ -258,6 +320,7 @@ class PlanExecutor:
                 torch.tensor(positions, device=self._decoder.device),
                 attention,
                 timer,
+                on_inputs=self._capture_rows((), active, step),
             )
             choices = self._choose(hidden_BE, active, step, timer)
             for row, choice in zip(active, choices, strict=True):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from actors.kv.messages import RestorePart, StoreBlocks, Tier
+from actors.kv.messages import RestoreOrder, RestoreTimes, StoreBlocks, Tier
 from attention import Zigzag
 from attention.spans import StepSpans
 from models.draw import Filters
@@ -88,7 +88,7 @@ class PrefillChunk:
     answer_tokens: int = 0
     prompt_logprobs: int | None = None  # as `Draw.logprobs`, of the tokens that follow these
     next_token_id: int | None = None  # in the prompt, behind these; None: they are its last
-    restored: tuple[RestorePart, ...] = ()  # of cached rows, those that come back meanwhile
+    behind_restored: bool = False  # among earlier rows are some that come back: these are awaited
 
     @property
     def start(self) -> int:
@@ -138,6 +138,7 @@ class Plan:
     rows: tuple[DecodeRow, ...]
     algorithm: Algorithm  # of the sharded chunks
     stores: tuple[StoreBlocks, ...] = ()  # as the ranks hold them before the operations
+    restores: tuple[RestoreOrder, ...] = ()  # begun behind the operations; chunks may wait for them
 
     @property
     def parts(self) -> "tuple[PrefillChunk | DecodeRow, ...]":
@@ -154,6 +155,7 @@ class SequenceResult:
     prompt_logprobs: TokenLogprobs | None = None  # of the tokens that follow this rank's own
     # The first position whose restored row was damaged: what was computed with it is void.
     bad_from: int | None = None
+    restore: RestoreTimes | None = None  # of this rank's part, with the chunk behind it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,8 @@ class StepResult:
     sequences: tuple[SequenceResult, ...]  # in the plan's order
     wall_s: float
     parts_s: dict[str, float]
+    # Of sequences whose rows come back, the share of layers that is there, 0 to 1.
+    restoring: dict[int, float] = field(default_factory=dict)
     spans: StepSpans | None = None  # while a trace is recorded
 
 
@@ -291,10 +295,31 @@ class Restored:
     find_s: float  # which stores have what
     stage_s: float  # from disk or another host into the arenas of the ranks' hosts
     copy_s: float  # that the ranks waited for layers: the slowest of each step
+    projected_tokens: int = 0  # of these, those that came as saved layer inputs
+    recomputed_tokens: int = 0  # from token ids, before them and meanwhile
+    recompute_s: float = 0.0  # what the steps took that did
+    recompute_predicted_s: float = 0.0  # 0: no rates
+    link_bytes: int = 0  # to all ranks
+    # From the choice until the chunk behind them was computed; None: no rates.
+    predicted_s: float | None = None
+    measured_s: float = 0.0
+    alternatives_s: dict[str, float] = field(default_factory=dict)  # predicted, of other ways
+    link_idle: float = 0.0  # share of measured_s, the mean of the ranks
+    device_idle: float = 0.0
+    simulated_link_bytes_per_s: float | None = None  # where the link is slowed down
 
     def __add__(self, other: "Restored") -> "Restored":
         """Return what came back together."""
         tiers = {**self.tokens_by_tier, **other.tokens_by_tier}
+        measured_s = self.measured_s + other.measured_s
+        predicted_s = None
+        if self.predicted_s is not None and other.predicted_s is not None:
+            predicted_s = self.predicted_s + other.predicted_s
+
+        def mean(mine: float, others: float) -> float:
+            total = mine * self.measured_s + others * other.measured_s
+            return total / measured_s if measured_s else 0.0
+
         return Restored(
             tokens=self.tokens + other.tokens,
             tokens_by_tier={
@@ -304,14 +329,45 @@ class Restored:
             find_s=self.find_s + other.find_s,
             stage_s=self.stage_s + other.stage_s,
             copy_s=self.copy_s + other.copy_s,
+            projected_tokens=self.projected_tokens + other.projected_tokens,
+            recomputed_tokens=self.recomputed_tokens + other.recomputed_tokens,
+            recompute_s=self.recompute_s + other.recompute_s,
+            recompute_predicted_s=self.recompute_predicted_s + other.recompute_predicted_s,
+            link_bytes=self.link_bytes + other.link_bytes,
+            predicted_s=predicted_s,
+            measured_s=measured_s,
+            alternatives_s={
+                way: seconds + other.alternatives_s[way]
+                for way, seconds in self.alternatives_s.items()
+                if way in other.alternatives_s
+            },
+            link_idle=mean(self.link_idle, other.link_idle),
+            device_idle=mean(self.device_idle, other.device_idle),
+            simulated_link_bytes_per_s=self.simulated_link_bytes_per_s,
         )
 
     def line(self) -> str:
         """Return it as one line for people."""
         tiers = ", ".join(f"{tokens} from {tier}" for tier, tokens in self.tokens_by_tier.items())
+        ways = [f"{self.projected_tokens} projected from layer inputs"] * (
+            self.projected_tokens > 0
+        ) + [f"{self.recomputed_tokens} before them recomputed meanwhile"] * (
+            self.recomputed_tokens > 0
+        )
+        times = f"{self.measured_s * 1e3:.1f} ms"
+        if self.predicted_s is not None:
+            times += f", predicted {self.predicted_s * 1e3:.1f}"
+        if self.alternatives_s:
+            others = (f"{way} {s * 1e3:.1f}" for way, s in sorted(self.alternatives_s.items()))
+            times += f" (alone: {' '.join(others)})"
+        link = "link"
+        if self.simulated_link_bytes_per_s is not None:
+            link = f"link (simulated, {self.simulated_link_bytes_per_s / 1e6:.1f} MB/s)"
         return (
-            f"restored {self.tokens} tokens: {tiers}; found in {self.find_s * 1e3:.1f} ms,"
-            f" staged in {self.stage_s * 1e3:.1f} ms, waited for {self.copy_s * 1e3:.1f} ms"
+            f"restored {self.tokens} tokens: {', '.join([tiers, *ways])}; in {times};"
+            f" found in {self.find_s * 1e3:.1f} ms, staged in {self.stage_s * 1e3:.1f} ms,"
+            f" waited for {self.copy_s * 1e3:.1f} ms; idle: {link} {self.link_idle:.0%},"
+            f" device {self.device_idle:.0%}"
         )
 
 

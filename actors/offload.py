@@ -6,13 +6,23 @@ whoever drives the scheduler takes the lookups, asks the stores, and reports wha
 have. Prefixes that are not needed any more are given back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from actors.kv.messages import StoreBlocks, StoredPrefix
+from actors.kv.messages import (
+    RestoreOrder,
+    RestorePart,
+    StoreBlocks,
+    StoredPrefix,
+    parts_behind,
+)
 from actors.messages import TokenIds
 from actors.running import Entry, Running
+
+# What a restore may take before it counts as lost: so much, and so many times what was predicted.
+LEAST_PATIENCE_S, LATE = 5.0, 4.0
+PATIENCE_S = 120.0  # where nothing was predicted
 
 
 class BlockKeys(Protocol):
@@ -49,6 +59,7 @@ class Offload:
         self._stores: list[StoreBlocks] = []
         self._lookups: list[Lookup] = []
         self._returned: list[StoredPrefix] = []
+        self._orders: list[RestoreOrder] = []
 
     def note(self, running: Running, accepted: TokenIds) -> None:
         """Have those blocks stored that are complete with the accepted tokens."""
@@ -71,6 +82,7 @@ class Offload:
         """Return whether a prompt is to be looked up before it begins."""
         return (
             not entry.was_looked_up
+            and entry.coming is None
             and entry.shares
             and entry.generation.prompt_logprobs is None
             and len(context) - 1 - matched >= self._restore_min_tokens
@@ -98,6 +110,18 @@ class Offload:
             entry.keys = self._keys.keys(entry.generation.cache_salt, token_ids, entry.keys)
         return entry.keys
 
+    def order(
+        self, sequence_id: int, stored: StoredPrefix, computed: int
+    ) -> tuple[RestorePart, ...]:
+        """Have what lies behind ``computed`` of a prefix brought to the ranks; return its parts."""
+        parts = parts_behind(stored, computed)
+        predicted_s = stored.choice.predicted_s
+        patience_s = PATIENCE_S if predicted_s is None else LEAST_PATIENCE_S + LATE * predicted_s
+        self._orders.append(
+            RestoreOrder(sequence_id=sequence_id, parts=parts, patience_s=patience_s)
+        )
+        return parts
+
     def give_back(self, stored: StoredPrefix | None) -> None:
         """Need a prefix no more."""
         if stored is not None:
@@ -107,6 +131,11 @@ class Offload:
         """Return what is to be stored since the last call."""
         stores, self._stores = tuple(self._stores), []
         return stores
+
+    def take_orders(self, running: Container[int]) -> tuple[RestoreOrder, ...]:
+        """Return what is to be brought to the ranks, of sequences that run still."""
+        orders, self._orders = self._orders, []
+        return tuple(order for order in orders if order.sequence_id in running)
 
     @property
     def has_stores(self) -> bool:

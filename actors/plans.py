@@ -11,14 +11,27 @@ from models.page_table import Grow, Span, Truncate
 
 def chunk_spans(chunk: PrefillChunk) -> list[tuple[Span, ...]]:
     """Return the positions of a chunk's new tokens that each rank keeps."""
-    ranks = range(len(chunk.cached_rows))
     if chunk.home is not None:
         whole = (chunk.start, len(chunk.token_ids))
-        return [(whole,) if rank == chunk.home else () for rank in ranks]
-    zigzag = chunk.zigzag()
+        return [(whole,) if rank == chunk.home else () for rank in range(len(chunk.cached_rows))]
+    return _zigzag_spans(chunk.zigzag(), chunk.start)
+
+
+def spans_to_come(
+    start: int, count: int, cached_rows: Sequence[int], home: int | None
+) -> list[tuple[Span, ...]]:
+    """Return the spans that a chunk of so many tokens from ``start`` on will have."""
+    if home is not None:
+        return [((start, count),) if rank == home else () for rank in range(len(cached_rows))]
+    first_rank = find_first_rank(count, cached_rows)
+    zigzag = Zigzag(num_tokens=count, num_ranks=len(cached_rows), first_rank=first_rank)
+    return _zigzag_spans(zigzag, start)
+
+
+def _zigzag_spans(zigzag: Zigzag, start: int) -> list[tuple[Span, ...]]:
     return [
-        tuple((chunk.start + a, b - a) for a, b in map(zigzag.bounds, zigzag.chunks(rank)))
-        for rank in ranks
+        tuple((start + a, b - a) for a, b in map(zigzag.bounds, zigzag.chunks(rank)))
+        for rank in range(zigzag.num_ranks)
     ]
 
 

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from models.rates import ModelShape, Rates
+from models.restore_rates import RestoreRates
 from models.whole_file import write_whole
 
 FORMAT = 2  # of the file, and of what is measured how; a change of either makes old files stale
+RESTORE_FORMAT = 1  # of how restores are measured
 _RING = "ring"  # the section of `Rates`
+_RESTORE = "restore"  # of `RestoreRates`
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -37,8 +41,19 @@ class ProfileFacts:
     torch: str = torch.__version__
 
 
+@dataclass(frozen=True, kw_only=True)
+class RestoreFacts:
+    """What rates of restores depend on besides."""
+
+    block_tokens: int
+    host_dtype: str  # as configured; pieces are measured in it
+    disk_directory: str | None  # another one may be another disk
+    xxhash: str = f"{xxhash.VERSION} {xxhash.XXHASH_VERSION}"
+    format: int = RESTORE_FORMAT
+
+
 class ProfileFile:
-    """The file of one set of facts; it holds named sections, of which ``ring`` are the rates."""
+    """The file of one set of facts; it holds named sections: rates of the ring, and of restores."""
 
     def __init__(self, directory: str | None, facts: ProfileFacts) -> None:
         """Take ``profile.directory`` of the configuration, None for the user's cache."""
@@ -58,6 +73,20 @@ class ProfileFile:
     def save(self, rates: Rates) -> None:
         """Write the rates; where nothing can be written, the next start measures anew."""
         self.save_section(_RING, rates.to_json())
+
+    def load_restore(self, facts: RestoreFacts) -> RestoreRates | None:
+        """Return the rates of restores, or None where there are none of exactly these facts."""
+        section = self.section(_RESTORE) or {}
+        if section.get("facts") != asdict(facts):
+            return None
+        try:
+            return RestoreRates.from_json(section.get("rates") or {})
+        except ValueError:
+            return None
+
+    def save_restore(self, facts: RestoreFacts, rates: RestoreRates) -> None:
+        """Write the rates of restores, as `save` does those of the ring."""
+        self.save_section(_RESTORE, {"facts": asdict(facts), "rates": rates.to_json()})
 
     def section(self, name: str) -> dict[str, Any] | None:
         """Return one section's values, or None."""

@@ -6,32 +6,26 @@ share its cores and its memory, and a rate measured alone would promise too much
 """
 
 import itertools
-import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from actors.stopwatch import Stopwatch, measured_curve
 from attention import Ring, attend, merge_into
 from attention.timing import PartTimer
 from models.decoder import Decoder
 from models.page_pool import KVCacheDtype, PagePool
-from models.rates import Affine, Curve, Rates
+from models.rates import Affine, Rates
 
 KiB, MiB = 2**10, 2**20
-# Tokens, or queries. The last ones are for fast devices: a size is left out where one run of it
-# would take longer than LONGEST_RUN_S.
+# Tokens, or queries. The last ones are for fast devices; others leave them out.
 SIZES = (1, 16, 64, 256, 1024, 2048, 4096, 16384)
-LONGEST_RUN_S = 0.25
 KEYS = 2048  # of each layer, that queries attend to
 JITTER_RUNS = 16
-REPEATS = 5
-SLOW_S = 0.05  # what takes longer is repeated less
-FEW_REPEATS = 2
-PATIENCE_S = 8.0  # after which, on a machine that is busy with something else, nothing is repeated
-SHORT_S = 1e-3  # what takes less runs several times in a row
+PATIENCE_S = 8.0
 MANY_LAYERS = 8  # whose weights no cache holds together
 SMALL_BYTES, LARGE_BYTES = 4 * KiB, 8 * MiB  # of messages
 INSTANT = Affine(0.0, 1e15)  # a ring of one sends nothing
@@ -64,7 +58,7 @@ class _Profile:
         self._decoder = decoder
         self._config = decoder.config
         self._device = decoder.device
-        self._clock = _Clock(ring, decoder.device)
+        self._clock = Stopwatch(ring, decoder.device, patience_s=PATIENCE_S)
         self._ring = ring
         # As in a step, each layer has keys of its own: no cache holds those of the last run.
         num_layers = min(self._config.num_layers, MANY_LAYERS)
@@ -95,16 +89,16 @@ class _Profile:
             overlap = self._overlap(hop)
             collective = self._law(self._ring.all_gather, LARGE_BYTES // self._ring.size)
         return Rates(
-            linear=self._curve(self._linear_s, SIZES),
-            causal_key=self._curve(self._causal_s, SIZES[1:], per_key=True),
-            dense_key=self._curve(
+            linear=measured_curve(self._linear_s, SIZES),
+            causal_key=measured_curve(self._causal_s, SIZES[1:], per_key=True),
+            dense_key=measured_curve(
                 lambda n: (seconds(lambda: self._attend(n, KEYS)) - call_s) / KEYS, SIZES[:5]
             ),
-            paged_key=self._curve(
+            paged_key=measured_curve(
                 lambda n: (seconds(lambda: self._attend_pages(n)) - call_s) / KEYS, SIZES[:5]
             ),
             call_s=call_s,
-            merge=self._curve(self._merge_s, SIZES[1:5]),
+            merge=measured_curve(self._merge_s, SIZES[1:5]),
             store=self._copying(lambda layer, kv_SJD: self._pool.store(layer, 0, 0, kv_SJD)),
             gather=self._copying(self._gather),
             hop=hop,
@@ -114,24 +108,6 @@ class _Profile:
             jitter=self._jitter(),
             step_s=self._step_s(),
         )
-
-    def _curve(
-        self, seconds: Callable[[int], float], sizes: Sequence[int], *, per_key: bool = False
-    ) -> Curve:
-        """Measure at those sizes whose runs are short enough; all ranks stop at the same one.
-
-        With ``per_key``, a run of n queries has n keys, and the curve is that of one.
-        """
-        points: list[tuple[float, float]] = []
-        for size in sizes:
-            if len(points) > 1:
-                before, run_s = points[-1]
-                growth = size / before
-                run_s *= size * growth if per_key else growth
-                if run_s > LONGEST_RUN_S:
-                    break
-            points.append((size, max(seconds(size), 0.0)))
-        return Curve.through(points)
 
     def _linear_s(self, tokens: int) -> float:
         """One layer of so many tokens, without attention."""
@@ -191,14 +167,15 @@ class _Profile:
 
         one_s = self._clock.seconds(lambda: copy_rows(1))
         all_s = self._clock.seconds(lambda: copy_rows(KEYS))
-        return _affine(one_s, all_s, self._kv_LSJD[0][1:].nbytes)
+        kv_SJD = self._kv_LSJD[0]
+        return Affine.through((kv_SJD[:1].nbytes, one_s), (kv_SJD.nbytes, all_s))
 
     def _law(self, send: Callable[[Tensor], object], large_bytes: int = LARGE_BYTES) -> Affine:
         """Return the law of something that all ranks send at once."""
         small, large = self._message(SMALL_BYTES), self._message(large_bytes)
         small_s = self._clock.collective_s(lambda: send(small))
         large_s = self._clock.collective_s(lambda: send(large))
-        return _affine(small_s, large_s, large_bytes - SMALL_BYTES)
+        return Affine.through((SMALL_BYTES, small_s), (large_bytes, large_s))
 
     def _overlap(self, hop: Affine) -> float:
         """How much of a hop fails to hide behind computation that takes as long."""
@@ -240,80 +217,5 @@ class _Profile:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
 
 
-class _Clock:
-    """Times what all ranks do at once; every result is that of the slowest rank, on all."""
-
-    def __init__(self, ring: Ring, device: torch.device) -> None:
-        self._ring = ring
-        self._device = device
-        self._start_s = time.perf_counter()
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Return the seconds of one run, which exchanges nothing."""
-
-        def timed(count: int) -> float:
-            self._synchronize()
-            start_s = time.perf_counter()
-            for _ in range(count):
-                run()
-            self._synchronize()
-            return (time.perf_counter() - start_s) / count
-
-        timed(1)
-        count = math.ceil(SHORT_S / max(self._slowest(timed(1)), SHORT_S / 100))
-        return self.quartile(lambda: timed(count))
-
-    def collective_s(self, run: Callable[[], object]) -> float:
-        """Return the seconds of one run, in which all ranks take part."""
-
-        def timed() -> float:
-            start_s = time.perf_counter()
-            run()
-            self._synchronize()
-            return time.perf_counter() - start_s
-
-        return self.quartile(timed)
-
-    def quartile(self, timed: Callable[[], float]) -> float:
-        """Return the lower quartile of what some runs say they took; the first one warms up."""
-        first_s = self._slowest(timed())
-        repeats = REPEATS if first_s < SLOW_S else FEW_REPEATS
-        if self._slowest(time.perf_counter() - self._start_s) > PATIENCE_S:
-            repeats = 1
-        runs_s = []
-        for _ in range(repeats):
-            self._slowest(0.0)  # all begin together
-            runs_s.append(timed())
-        return self._slowest(sorted(runs_s)[(repeats - 1) // 4])
-
-    def of_all(self, run: Callable[[], object]) -> list[float]:
-        """Return the seconds of one run on every rank; all begin together."""
-        self._slowest(0.0)
-        self._synchronize()
-        start_s = time.perf_counter()
-        run()
-        self._synchronize()
-        return self._gathered(time.perf_counter() - start_s)
-
-    def _slowest(self, seconds: float) -> float:
-        return max(self._gathered(seconds))
-
-    def _gathered(self, seconds: float) -> list[float]:
-        if self._ring.size == 1:
-            return [seconds]
-        mine = torch.tensor([seconds], dtype=torch.float64).to(self._device)
-        gathered: list[float] = self._ring.all_gather(mine).flatten().tolist()
-        return gathered
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
 def _no_attention(layer: int, q_THD: Tensor, kv_TJD: Tensor) -> Tensor:
     return q_THD.float()
-
-
-def _affine(small_s: float, large_s: float, more_bytes: float) -> Affine:
-    """Return the law through the times of a small message and one of so many bytes more."""
-    return Affine(small_s, more_bytes / max(large_s - small_s, more_bytes / 1e15))

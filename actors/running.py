@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.generation import Generation
-from actors.kv.messages import RestorePart, StoredPrefix, parts_behind
+from actors.kv.messages import StoredPrefix
 from actors.messages import DecodeRow, PrefillChunk, TokenIds
 from actors.plans import find_first_rank
+
+SHORT_S = 0.02  # a step waits so long for rows that come back
 
 
 @dataclass(order=True)
@@ -20,6 +22,8 @@ class Entry:
     has_begun: bool = field(default=False, compare=False)
     was_looked_up: bool = field(default=False, compare=False)  # in the KV stores
     stored: StoredPrefix | None = field(default=None, compare=False)  # what they have
+    # What they have is on its way from this position on; what lies before it is recomputed.
+    coming: int | None = field(default=None, compare=False)
     keys: list[bytes] = field(default_factory=list, compare=False)  # of its blocks, as far as known
 
 
@@ -35,18 +39,37 @@ class Running:
     sampling_rank: int = 0
     owner: int = 0  # of the decode block under way
     decoded: int = 0
-    stored: StoredPrefix | None = None  # comes back with the first chunk
+    stored: StoredPrefix | None = None  # comes back, while what lies before it is computed
+    is_restoring: bool = False  # its rows are grown, and those of the chunks before it
+    restored_share: float = 0.0  # of its layers, that are there on all ranks
+    ends: tuple[int, ...] = ()  # of these chunks
     stored_blocks: int = 0  # that are in the KV stores, or on their way
 
     @property
     def start(self) -> int:
         """The position of the first token that is left to prefill."""
-        return self.computed if self.stored is None else max(self.computed, self.stored.end)
+        if self.stored is None or self.computed < self.stored.start:
+            return self.computed
+        return max(self.computed, self.stored.end)
 
     @property
-    def restored(self) -> tuple[RestorePart, ...]:
-        """The rows that come back from the stores with the next chunk."""
-        return () if self.stored is None else parts_behind(self.stored, self.computed)
+    def next_end(self) -> int:
+        """The position up to which the next chunk may go; with ``ends`` it must."""
+        if self.ends:
+            return self.ends[0]
+        return len(self.context) if self.entry.coming is None else self.entry.coming
+
+    @property
+    def waits_for_stores(self) -> bool:
+        """Whether nothing is left to compute before what the stores are to bring."""
+        return self.next_end <= self.start < len(self.context)
+
+    @property
+    def waits_for_rows(self) -> bool:
+        """Whether the next chunk attends to rows that will be on their way for a while."""
+        if not self.is_restoring or self.ends or self.stored is None:
+            return False
+        return self.restored_share < 1.0 and self.stored.choice.load_s > SHORT_S
 
     @property
     def generation(self) -> Generation:
@@ -60,7 +83,7 @@ class Running:
 
     def chunk(self, count: int, cached_rows: tuple[int, ...]) -> PrefillChunk:
         """Return the next chunk of the prompt, behind ``cached_rows`` rows on each rank."""
-        generation, start = self.generation, self.start
+        generation, start, stored = self.generation, self.start, self.stored
         end = start + count
         is_last = end == len(self.context)
         has_rules = is_last and generation.draw.rules is not None
@@ -75,7 +98,7 @@ class Running:
             answer_tokens=len(generation.token_ids),
             prompt_logprobs=None if generation.token_ids else generation.prompt_logprobs,
             next_token_id=None if is_last else int(self.context[end]),
-            restored=self.restored,
+            behind_restored=stored is not None and start >= stored.end,
         )
 
     def row(self, owners: tuple[int, ...], ahead: int = 0) -> DecodeRow:

@@ -17,32 +17,15 @@ from dataclasses import dataclass
 
 from actors.admission import Admission, Place
 from actors.choice import Choice, Chooser
-from actors.chunks import size_chunks
 from actors.device_cache import DeviceCache
 from actors.errors import QueueFull
 from actors.generation import Generation
 from actors.kv.messages import StoredPrefix, part_spans
 from actors.messages import DecodeRow, FinishReason, Plan, PrefillChunk, StepResult, TokenIds
 from actors.offload import Lookup, Offload
-from actors.plans import chunk_spans, owned_spans
+from actors.plans import chunk_spans, owned_spans, spans_to_come
 from actors.running import Entry, Running
-from models.cost import SequenceShape
-
-LONE_STEPS = 4  # a step that nobody waits for may take so many times the target
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the scheduler keeps to; see `configs.Config` for each."""
-
-    decode_block_tokens: int
-    burst_steps: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_queued_requests: int
-    long_prefill_token_threshold: int = 0  # 0: none
-    step_target_s: float = float("inf")
-    decode_rides: bool = True
+from actors.step_sizes import Limits, StepSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +57,7 @@ class Scheduler:
         self.offload = offload
         self.limits = limits
         self._chooser = chooser
+        self._sizes = StepSizes(cache, chooser, limits)
         self._admission = Admission(cache, chooser, limits.decode_block_tokens)
         self._waiting: list[Entry] = []  # in order
         self._looked_up: list[Entry] = []  # that wait for the KV stores' answer
@@ -126,14 +110,47 @@ class Scheduler:
         return True
 
     def found(self, lookup: Lookup, stored: StoredPrefix | None) -> None:
-        """Take what the KV stores have of a prompt, or None: it waits again, in its place."""
+        """Take what the KV stores have of a prompt, or None: it waits again, in its place.
+
+        One that has begun meanwhile (`begin_ahead`) goes on with it.
+        """
         assert self.offload is not None
-        self._looked_up.remove(lookup.entry)
-        if lookup.entry.generation.finish_reason is not None:  # cancelled meanwhile
+        entry = lookup.entry
+        entry.coming = None
+        if entry.generation.finish_reason is not None:  # cancelled meanwhile
+            self._wait_no_more(entry)
             self.offload.give_back(stored)
             return
-        lookup.entry.stored = stored
-        insort(self._waiting, lookup.entry)
+        entry.stored = stored
+        if self._wait_no_more(entry):
+            insort(self._waiting, entry)
+        for running in self._running.values():
+            if running.entry is entry:
+                self._take_stored(running)
+
+    def begin_ahead(self, lookup: Lookup, recompute_to: int) -> None:
+        """Let a prompt begin up to a position while the KV stores bring what lies behind it."""
+        if self._wait_no_more(lookup.entry) and lookup.entry.generation.finish_reason is None:
+            lookup.entry.coming = recompute_to
+            insort(self._waiting, lookup.entry)
+
+    def _wait_no_more(self, entry: Entry) -> bool:
+        """Let an entry not wait for the KV stores' first answer; return whether it did."""
+        if entry not in self._looked_up:
+            return False
+        self._looked_up.remove(entry)
+        return True
+
+    def _take_stored(self, running: Running) -> None:
+        """Let what the KV stores have come back, where it fits what the ranks hold."""
+        entry = running.entry
+        stored = entry.stored
+        if stored is None:
+            return
+        if stored.home == running.home and running.computed < stored.end:
+            running.stored, entry.stored = stored, None
+        else:
+            self._give_back(entry)
 
     def progress(self, generation: Generation) -> tuple[int, int]:
         """Return the tokens of an answer's prompt that are computed, or shared, and all of them."""
@@ -147,14 +164,17 @@ class Scheduler:
         """Return what all ranks do next, or None where nothing is left to do."""
         self._admit()
         runs = sorted(self._running.values(), key=lambda running: running.entry)
-        prefilling = [running for running in runs if running.remaining]
+        prefilling = [
+            running for running in runs if running.remaining and not running.waits_for_stores
+        ]
         decoding = [running for running in runs if not running.remaining]
+        prefilling = _ready(prefilling, bool(decoding))
         step = None
         if prefilling and (self.limits.decode_rides or not decoding or self.num_steps % 2 == 0):
             step = self._mixed_step(prefilling, decoding if self.limits.decode_rides else [])
         if step is None and decoding:
             step = self._burst(decoding)
-        if step is None and self._waiting:
+        if step is None and self._waiting and not self._running:
             # Whoever ran was preempted to the last: now there is room.
             return self.next_step()
         if step is None and self.offload is not None and self.offload.has_stores:
@@ -179,7 +199,7 @@ class Scheduler:
         ]
         if len(decoding) < len(self._running) or not decoding:
             return None  # an answer ends: those that wait to share it, or its pages, may begin
-        steps = self._burst_steps(decoding)
+        steps = self._sizes.burst(decoding)
         rows, riders = self._decode_rows(decoding, steps, ahead)
         if not rows:
             return None
@@ -189,6 +209,9 @@ class Scheduler:
     def advance(self, step: Step, results: Sequence[StepResult]) -> list[Generation]:
         """Take what the ranks made of a step; return the answers that it completed."""
         self._observe(step, max(result.wall_s for result in results))
+        for each in self._running.values():
+            shares = [result.restoring.get(each.sequence_id, 1.0) for result in results]
+            each.restored_share = min(shares) if each.is_restoring else 0.0
         done = []
         for index, part in enumerate(step.plan.parts):
             running = self._running.get(part.sequence_id)
@@ -214,7 +237,7 @@ class Scheduler:
         return done
 
     def _observe(self, step: Step, measured_s: float) -> None:
-        if step.choice is None or any(chunk.restored for chunk in step.plan.chunks):
+        if step.choice is None or any(each.is_restoring for each in self._running.values()):
             return
         if not step.plan.rows:
             self._chooser.observe(step.choice, measured_s)
@@ -225,18 +248,18 @@ class Scheduler:
         """Take what a chunk computed; rows from ``bad_from`` on are void and computed anew."""
         restored_from = running.computed
         end = chunk.start + len(chunk.token_ids)
+        running.ends = running.ends[1:]
         running.computed = end if bad_from is None else bad_from
         running.sampling_rank = chunk.sampling_rank
         self.cache.accept(running.sequence_id, running.context[: running.computed])
         if bad_from is not None:
             self.cache.truncate(running.sequence_id, bad_from)
-        if running.stored is not None:
-            assert self.offload is not None
+        if chunk.behind_restored and running.stored is not None:
             running.generation.take_restored(
                 running.stored, min(chunk.start, running.computed) - restored_from
             )
-            self.offload.give_back(running.stored)
-            running.stored = None
+            self._give_back(running)
+            running.is_restoring = False
 
     def _store_blocks(self, running: Running) -> None:
         """Have those blocks stored that an answer has completed."""
@@ -291,24 +314,25 @@ class Scheduler:
         entry.has_begun = True
         entry.was_looked_up = False  # it is again where it has to make way
         running = Running(entry, sequence_id, context, place.home, place.match.tokens)
-        stored = entry.stored
-        if stored is not None:
-            if stored.home == place.home and stored.start <= running.computed < stored.end:
-                running.stored, entry.stored = stored, None
-            else:
-                self._give_back(entry)
+        self._take_stored(running)
         self._running[sequence_id] = running
 
     def _mixed_step(self, prefilling: list[Running], decoding: list[Running]) -> Step | None:
         """Return a step of chunks, with one decode step of each answer beside them."""
         rows, riders = self._decode_rows(decoding, 1)
+        for running in prefilling:
+            if running.stored is not None and not running.is_restoring:
+                self._begin_restore(running, riders)
         prefilling = [running for running in prefilling if running.sequence_id in self._running]
+        prefilling = _ready(prefilling, bool(rows))
         chunks: list[PrefillChunk] = []
         begun: list[Running] = []
-        for running, count in zip(prefilling, self._chunk_sizes(prefilling, riders), strict=True):
+        counts = self._sizes.chunks(prefilling, riders, others_wait=bool(self._waiting))
+        for running, count in zip(prefilling, counts, strict=True):
             if count and running.sequence_id in self._running:
-                chunk = running.chunk(count, self._rows_before(running))
-                if self._grow_chunk(running, chunk, [*riders, *begun]):
+                chunk = running.chunk(count, self._sizes.rows_before(running))
+                # The rows of chunks beside a restore are grown before it.
+                if running.ends or self._grow(running, chunk_spans(chunk), [*riders, *begun]):
                     chunks.append(chunk)
                     begun.append(running)
         if not chunks:
@@ -316,68 +340,32 @@ class Scheduler:
             return self._step((), (), rows, riders) if rows else None
         return self._step(chunks, begun, rows, riders)
 
-    def _chunk_sizes(self, prefilling: list[Running], riders: list[Running]) -> list[int]:
-        """Return how many tokens of each prompt fit a step of the target's length."""
-        limits = self.limits
-        room = max(1, limits.max_num_batched_tokens - len(riders))
-        riding_s = self._chooser.riding(self._rows_of(riders))
+    def _begin_restore(self, running: Running, placed: list[Running]) -> None:
+        """Have what is stored of a prompt come back, while what lies before it is computed.
 
-        def price(counts: Sequence[int]) -> float:
-            shapes = [
-                self._shape(running, count)
-                for running, count in zip(prefilling, counts, strict=True)
-                if count
-            ]
-            if riding_s is None:
-                return float(sum(counts))
-            choice = self._chooser.prefill(shapes) if shapes else None
-            if riders:
-                return self._chooser.mixed(choice, riding_s)
-            return 0.0 if choice is None else choice.predicted_s or 0.0
-
-        nobody_waits = not riders and not self._waiting and len(prefilling) == 1
-        target_s = limits.step_target_s * (LONE_STEPS if nobody_waits else 1)
-        return size_chunks(
-            [running.remaining for running in prefilling],
-            price,
-            limit=float(room) if riding_s is None else target_s,
-            max_tokens=room,
-            longest=limits.long_prefill_token_threshold or room,
-        )
-
-    def _shape(self, running: Running, count: int) -> SequenceShape:
-        rows = self._rows_before(running)
-        return SequenceShape(new_tokens=count, cached_rows=rows, whole_rank=running.home)
-
-    def _rows_before(self, running: Running) -> tuple[int, ...]:
-        """Return how many rows each rank holds before the next chunk, with restored ones."""
-        rows = list(self.cache.rows(running.sequence_id, running.computed))
-        for part in running.restored:
-            rows[part.rank] += part.end - part.start
-        return tuple(rows)
-
-    def _grow_chunk(self, running: Running, chunk: PrefillChunk, placed: list[Running]) -> bool:
-        """Make room for a chunk, and for what comes back before it; see `_grow`."""
-        if chunk.restored:
-            spans = part_spans(chunk.restored, self.cache.num_ranks)
-            if not self._grow(running, spans, placed):
-                return False
-        return self._grow(running, chunk_spans(chunk), placed)
+        A run's rows ascend, so those that are computed meanwhile are grown first: the
+        chunks are cut here. The answer may have to make way; see `_grow`.
+        """
+        stored, position, ends = running.stored, running.computed, []
+        assert stored is not None
+        assert self.offload is not None
+        others_are = len(self._running) > 1 or bool(self._waiting)
+        while position < stored.start:
+            rows = self.cache.rows(running.sequence_id, position)
+            left = stored.start - position
+            count = self._sizes.chunk(running, rows, left, others_are=others_are)
+            if not self._grow(running, spans_to_come(position, count, rows, running.home), placed):
+                return
+            position += count
+            ends.append(position)
+        parts = self.offload.order(running.sequence_id, stored, running.computed)
+        if self._grow(running, part_spans(parts, self.cache.num_ranks), placed):
+            running.is_restoring, running.ends = True, tuple(ends)
 
     def _burst(self, decoding: list[Running]) -> Step | None:
         """Return a burst of decode steps of all answers, near the target in length."""
-        rows, riders = self._decode_rows(decoding, self._burst_steps(decoding))
+        rows, riders = self._decode_rows(decoding, self._sizes.burst(decoding))
         return self._step((), (), rows, riders) if rows else None
-
-    def _burst_steps(self, decoding: list[Running]) -> int:
-        """Return how many steps a burst has, so that it is near the target in length."""
-        rows_of = self._rows_of(decoding)
-        first_s, second_s = (self._chooser.decode(rows_of, count) for count in (1, 2))
-        steps = self.limits.burst_steps
-        if first_s is not None and second_s is not None and second_s > first_s:
-            more = (self.limits.step_target_s - first_s) / (second_s - first_s)
-            steps = 1 + max(0, min(steps - 1, math.floor(min(more, steps))))
-        return steps
 
     def _decode_rows(
         self,
@@ -449,13 +437,6 @@ class Scheduler:
         insort(self._waiting, running.entry)
         self.num_preemptions += 1
 
-    def _rows_of(self, runs: Sequence[Running]) -> list[tuple[int, ...]]:
-        """Return the rows of each answer on each rank, ``(rows,)`` where it is whole."""
-        return [
-            self.cache.rows(run.sequence_id, run.computed) if run.home is None else (run.computed,)
-            for run in runs
-        ]
-
     def _step(
         self,
         chunks: Sequence[PrefillChunk],
@@ -468,11 +449,11 @@ class Scheduler:
         if chunks:
             choice = self._chooser.prefill(
                 [
-                    self._shape(run, len(chunk.token_ids))
+                    self._sizes.shape(run, len(chunk.token_ids))
                     for run, chunk in zip(begun, chunks, strict=True)
                 ]
             )
-        riding_s = self._chooser.riding(self._rows_of(riders)) if choice and riders else None
+        riding_s = self._chooser.riding(self._sizes.rows_of(riders)) if choice and riders else None
         plan = Plan(
             number=self.num_steps,
             cache_ops=self.cache.take_ops(),
@@ -481,6 +462,7 @@ class Scheduler:
             rows=tuple(rows),
             algorithm="pass_kv" if choice is None else choice.algorithm,
             stores=() if self.offload is None else self.offload.take_stores(),
+            restores=() if self.offload is None else self.offload.take_orders(self._running),
         )
         return Step(
             plan=plan,
@@ -507,11 +489,19 @@ class Scheduler:
             return self._chooser.mixed(choice, riding_s)
         if not rows:
             return None
-        return self._chooser.decode(self._rows_of(riders), max(len(row.owners) for row in rows))
+        return self._chooser.decode(
+            self._sizes.rows_of(riders), max(len(row.owners) for row in rows)
+        )
 
     def _take_ended(self) -> tuple[int, ...]:
         ended, self._ended = self._ended, ()
         return ended
+
+
+def _ready(prefilling: list[Running], others_are: bool) -> list[Running]:
+    """Return those whose next chunk has not to wait for rows; all, where nothing else is to do."""
+    ready = [running for running in prefilling if not running.waits_for_rows]
+    return ready if ready or others_are else prefilling
 
 
 def _algorithm(plan: Plan, choice: Choice | None) -> str:

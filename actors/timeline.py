@@ -6,17 +6,23 @@ several are under way at once there are several rows of them.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.messages import StepRecord
+from actors.messages import Restored, StepRecord
 from attention.spans import EVERY_RANK, NO_LAYER, TRANSFER_KINDS, StepSpans
 
 Event = dict[str, Any]
 COORDINATOR = 0  # process number; rank r is r + 1
-# Thread numbers; SEND and RECEIVE are the first of as many rows as it takes.
-STEPS, COMPUTE, SEND, RECEIVE = 0, 1, 1_000, 1_000_000
-ROWS = {STEPS: "steps", COMPUTE: "compute", SEND: "send", RECEIVE: "receive"}
+# Thread numbers; RESTORES, SEND and RECEIVE are the first of as many rows as it takes.
+STEPS, COMPUTE, RESTORES, SEND, RECEIVE = 0, 1, 2, 1_000, 1_000_000
+ROWS = {
+    STEPS: "steps",
+    COMPUTE: "compute",
+    RESTORES: "restores",
+    SEND: "send",
+    RECEIVE: "receive",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +34,18 @@ class TracedStep:
     spans: tuple[StepSpans, ...]  # of each rank
 
 
-def chrome_trace(hosts: Sequence[str], steps: Sequence[TracedStep]) -> dict[str, Any]:
-    """Return the trace as a JSON object; ``hosts`` are the ranks'. Time begins with the first step.
+@dataclass(frozen=True, kw_only=True)
+class TracedRestore:
+    """A prefix that came back from the KV stores, from the choice on, on the steps' clock."""
+
+    start_s: float
+    restored: Restored
+
+
+def chrome_trace(
+    hosts: Sequence[str], steps: Sequence[TracedStep], restores: Sequence[TracedRestore] = ()
+) -> dict[str, Any]:
+    """Return the trace as a JSON object; ``hosts`` are the ranks'. Time begins with the first span.
 
     Names of rows come first, then complete events in order of time, in microseconds.
     """
@@ -45,6 +61,7 @@ def chrome_trace(hosts: Sequence[str], steps: Sequence[TracedStep]) -> dict[str,
     for rank in range(len(hosts)):
         spans += _messages(rank, steps, SEND)
         spans += _messages(rank, steps, RECEIVE)
+    spans += _restores(restores)
     rows = sorted({(event["pid"], event["tid"]) for event in spans})
     zero_s = min((event["ts"] for event in spans), default=0.0)
     for event in spans:
@@ -53,6 +70,22 @@ def chrome_trace(hosts: Sequence[str], steps: Sequence[TracedStep]) -> dict[str,
         event["ts"], event["dur"] = begin_us, max(0.0, round(end_us - begin_us, 3))
     spans.sort(key=lambda event: (event["ts"], -event["dur"]))
     return {"traceEvents": [*_names(hosts, rows), *spans], "displayTimeUnit": "ms"}
+
+
+def _restores(restores: Sequence[TracedRestore]) -> Iterator[Event]:
+    """Plans and what came of them; those that overlap are on rows of their own."""
+    row_ends_s: list[float] = []
+    for each in sorted(restores, key=lambda restore: restore.start_s):
+        index, took_s = _free_row(row_ends_s, each.start_s), each.restored.measured_s
+        row_ends_s[index : index + 1] = [each.start_s + took_s]
+        args = {"plan": each.restored.line(), **asdict(each.restored)}
+        yield _span(COORDINATOR, RESTORES + index, "restore", each.start_s, took_s, args)
+
+
+def _free_row(row_ends_s: Sequence[float], start_s: float) -> int:
+    """Return the first row on which nothing is at that moment, or a new one."""
+    free = (i for i, row_end_s in enumerate(row_ends_s) if row_end_s <= start_s)
+    return next(free, len(row_ends_s))
 
 
 def _compute(rank: int, spans: StepSpans) -> Iterator[Event]:
@@ -73,8 +106,7 @@ def _messages(rank: int, steps: Sequence[TracedStep], first_row: int) -> Iterato
             num_bytes = sent_bytes if sends else received_bytes
             if num_bytes == 0:
                 continue
-            free = (i for i, row_end_s in enumerate(row_ends_s) if row_end_s <= posted_s)
-            index = next(free, len(row_ends_s))
+            index = _free_row(row_ends_s, posted_s)
             row_ends_s[index : index + 1] = [end_s]
             args = _args(layer) | ({"to": _peer(to)} if sends else {"from": _peer(source)})
             args |= {"bytes": num_bytes, "waited_us": round((end_s - wait_s) * 1e6, 3)}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from actors.cluster_info import ClusterInfo
 from actors.errors import ClusterError, TraceError
-from actors.messages import StepRecord, StepResult
+from actors.messages import Restored, StepRecord, StepResult
 from actors.ranks import Ranks
-from actors.timeline import TracedStep, chrome_trace
+from actors.timeline import TracedRestore, TracedStep, chrome_trace
 from actors.trace_summary import TraceSummary, summarise
 from attention.clocks import RankClock, boot_id
 from attention.spans import StepSpans
@@ -29,6 +29,7 @@ class Trace:
     clocks: tuple[RankClock, ...]
     steps: tuple[TracedStep, ...]
     is_cut: bool  # there was more than `MAX_SPANS`; the last step ends early, or later ones miss
+    restores: tuple[TracedRestore, ...] = ()
 
     def write(self, path: Path) -> None:
         """Write it for https://ui.perfetto.dev or chrome://tracing.
@@ -37,16 +38,23 @@ class Trace:
             TraceError: The file cannot be written.
         """
         try:
-            path.write_text(json.dumps(chrome_trace(self.hosts, self.steps)), encoding="utf-8")
+            path.write_text(self._json(), encoding="utf-8")
         except OSError as error:
             raise TraceError(f"cannot write the trace to {path}: {error.strerror}") from None
+
+    def _json(self) -> str:
+        return json.dumps(chrome_trace(self.hosts, self.steps, self.restores))
 
     def summary(self) -> TraceSummary:
         """Return who did what for how long, and who was late, step by step."""
         # Between two ranks, neither of which is rank 0, the errors of both count.
         errors_s = sorted(clock.error_s for clock in self.clocks)
         return summarise(
-            self.hosts, self.steps, is_cut=self.is_cut, clock_error_s=sum(errors_s[-2:])
+            self.hosts,
+            self.steps,
+            is_cut=self.is_cut,
+            clock_error_s=sum(errors_s[-2:]),
+            restores=[each.restored.line() for each in self.restores],
         )
 
 
@@ -59,6 +67,7 @@ class Tracer:
         self._is_on = False
         self._is_cut = False
         self._steps: list[TracedStep] = []
+        self._restores: list[TracedRestore] = []
 
     async def start(self, ranks: Ranks, num_ranks: int) -> None:
         """Have all ranks record the steps that begin from now on.
@@ -79,7 +88,7 @@ class Tracer:
         except BaseException:
             self._is_on = False
             raise
-        self._steps, self._is_cut = [], False
+        self._steps, self._restores, self._is_cut = [], [], False
         self._clocks = tuple(clocks)
 
     def add(self, start_s: float, record: StepRecord, results: Sequence[StepResult]) -> None:
@@ -97,6 +106,12 @@ class Tracer:
         )
         self._steps.append(step)
 
+    def add_restore(self, begin_s: float, restored: Restored) -> None:
+        """Keep what came back, if it is recorded; ``begin_s`` is the coordinator's time."""
+        if self._clocks is not None and not self._is_cut:
+            start_s = begin_s - self._own_offset_s
+            self._restores.append(TracedRestore(start_s=start_s, restored=restored))
+
     async def stop(self, ranks: Ranks, info: ClusterInfo) -> Trace:
         """Return what was recorded, and record no more. A lost rank does not lose the trace.
 
@@ -109,9 +124,10 @@ class Tracer:
             hosts=info.hosts,
             clocks=self._clocks,
             steps=tuple(self._steps),
+            restores=tuple(self._restores),
             is_cut=self._is_cut,
         )
-        self._clocks, self._steps = None, []
+        self._clocks, self._steps, self._restores = None, [], []
         self._is_on = False
         with contextlib.suppress(ClusterError):
             await ranks.call("stop_trace", timeout_s=None)

@@ -83,6 +83,7 @@ class TraceSummary:
     late_steps: dict[int, int]  # how many steps each rank was the late one of
     is_cut: bool
     clock_error_s: float  # the most that moments of two ranks can be off; 0 on one host
+    restores: tuple[str, ...] = ()  # a line each
 
     def text(self) -> str:
         """Return this for people."""
@@ -99,6 +100,7 @@ class TraceSummary:
             f"rank {rank} in {steps} of {len(self.steps)} steps"
             for rank, steps in sorted(self.late_steps.items(), key=lambda item: -item[1])
         )
+        lines += self.restores
         lines.append(f"the others waited longest for: {late or 'nobody'}")
         if self.clock_error_s:
             lines.append(f"clocks of the hosts agree within {self.clock_error_s * MS:.2f} ms")
@@ -113,6 +115,7 @@ def summarise(
     *,
     is_cut: bool = False,
     clock_error_s: float = 0.0,
+    restores: Sequence[str] = (),
 ) -> TraceSummary:
     """Return what the spans of all ranks come to; ``hosts`` are the ranks'."""
     summaries = tuple(_step(step) for step in steps)
@@ -123,6 +126,7 @@ def summarise(
         late_steps=dict(Counter(s.late_rank for s in summaries if s.late_rank is not None)),
         is_cut=is_cut,
         clock_error_s=clock_error_s,
+        restores=tuple(restores),
     )
 
 

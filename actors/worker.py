@@ -17,12 +17,14 @@ from actors.device_memory import available_kv_bytes
 from actors.errors import PlacementError
 from actors.executor import PlanExecutor
 from actors.kv.client import Store
+from actors.kv.link import DirectLink
 from actors.kv.messages import StoreInfo
 from actors.kv.pieces import Layout
 from actors.kv.rank import RankStore
 from actors.messages import Plan, StepResult, WorkerInfo, WorkerSpec
 from actors.profile_file import device_name
 from actors.profiler import measure
+from actors.restore_profiler import compute_for, measure_restore
 from attention import Ring
 from attention.clocks import RankClock, ring_clock
 from attention.ring import connect_ring
@@ -34,6 +36,7 @@ from models.decoder import Decoder
 from models.kv_codec import Encoding
 from models.page_pool import PagePool, kv_bytes_per_token
 from models.rates import Rates
+from models.restore_rates import RestoreRates
 from models.weights import load_weights, weights_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -124,16 +127,37 @@ class GPUWorker:
         )
 
     def attach_store(
-        self, stores: Sequence[tuple[Store, StoreInfo]], layout: Layout, encoding: Encoding
+        self,
+        stores: Sequence[tuple[Store, StoreInfo]],
+        layout: Layout,
+        encoding: Encoding,
+        *,
+        link_bytes_per_s: float | None = None,
     ) -> None:
         """Write finished blocks to a KV store from now on, and restore from it.
 
-        ``stores`` are those of each rank's host.
+        ``stores`` are those of each rank's host; for the rest see `RankStore`.
         """
         rank = self._spec.rank
         self._executor.store = RankStore(
-            self._pool, *stores[rank], layout, rank=rank, encoding=encoding
+            self._pool,
+            *stores[rank],
+            layout,
+            rank=rank,
+            encoding=encoding,
+            decoder=self._decoder,
+            link_bytes_per_s=link_bytes_per_s,
         )
+
+    def keep_activations(self, share: float, keeps_both: bool) -> None:
+        """See `RankStore.keep_activations`."""
+        assert self._executor.store is not None
+        self._executor.store.keep_activations(share, keeps_both=keeps_both)
+
+    def close(self) -> None:
+        """End what this rank has beside its process's own threads."""
+        if self._executor.store is not None:
+            self._executor.store.link.close()
 
     def flush_store(self, timeout_s: float) -> bool:
         """Wait until what was finished is in the store; return whether it is."""
@@ -148,6 +172,30 @@ class GPUWorker:
             page_tokens=self._spec.page_tokens,
             kv_cache_dtype=self._spec.kv_cache_dtype,
         )
+
+    def profile_restore(self) -> RestoreRates | None:
+        """Measure what restores take; all ranks at once, and all get the same.
+
+        None without a store, or where one has no room. The link is measured unthrottled.
+        """
+        store = self._executor.store
+        if store is None:
+            return None
+        return measure_restore(
+            self._decoder,
+            self._ring,
+            store.arena,
+            store.layout,
+            store.client,
+            DirectLink(store.arena),
+            encoding=store.encoding,
+            page_tokens=self._spec.page_tokens,
+            kv_cache_dtype=self._spec.kv_cache_dtype,
+        )
+
+    def compute_for(self, seconds: float) -> None:
+        """Be busy as in a prefill: a store measures its disk beside it."""
+        compute_for(self._decoder, seconds)
 
     def start_trace(self, max_spans: int) -> RankClock:
         """Record spans of the steps from now on, at most so many; every rank must be told."""
@@ -174,6 +222,7 @@ class GPUWorker:
             sequences=sequences,
             parts_s=parts_s,
             wall_s=end_s - start_s,
+            restoring=self._executor.restoring,
             spans=None if self._recorder is None else self._recorder.take(start_s, end_s),
         )
 

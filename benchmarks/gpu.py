@@ -3,7 +3,8 @@
 Each section runs in a process of its own: what is broken or slow in one loses
 nothing of the others. Results go to benchmarks/results/. Without CUDA this says
 what it would do; ``--device cpu --quick`` runs every section at toy sizes.
-It needs torch, numpy, safetensors, tokenizers and transformers; no Ray.
+It needs torch, numpy, safetensors, tokenizers and transformers; no Ray but for restores, which
+are skipped without it.
 """
 
 import argparse
@@ -164,7 +165,7 @@ def _run_section(name: str, sizes: Sizes, device_type: str, rows_path: Path) -> 
     """Run one section in this process."""
     import torch
 
-    from benchmarks import correctness, kernel_rates, llama, needle
+    from benchmarks import correctness, kernel_rates, llama, needle, restore
     from benchmarks.measure import RowWriter
 
     device = torch.device("cuda", 0) if device_type == "cuda" else torch.device("cpu")
@@ -179,6 +180,7 @@ def _run_section(name: str, sizes: Sizes, device_type: str, rows_path: Path) -> 
         "attention": kernel_rates.measure_attention,
         "prefill": llama.measure_prefill,
         "decode": llama.measure_decode,
+        "restore": restore.measure_restore,
         "needle": needle.measure_needle,
     }
     runners[name](sizes, device, RowWriter(rows_path, device))

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from actors.choice import Chooser
 from actors.device_cache import DeviceCache
-from actors.scheduler import Limits, Scheduler
+from actors.scheduler import Scheduler
+from actors.step_sizes import Limits
 from actors.worker import GPUWorker
 from attention.ring import PendingExchange
 from attention.timing import PartTimer

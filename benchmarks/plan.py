@@ -14,6 +14,8 @@ GEMM_FLOP_PER_S = 700e12  # bfloat16
 FLASH_FLOP_PER_S = 350e12  # head dim 128; less is reached with smaller heads
 NEEDLE_FLOP_PER_S = {"bfloat16": 250e12, "float32": 20e12}
 BYTES_PER_S = 4e12
+PINNED_BYTES_PER_S = 20e9  # verified, to the device
+RESTORE_START_S = 30.0  # profiles, and pinning
 LAUNCHES_S = 6e-3  # of one decode step's kernels, one by one
 START_S = 15.0  # of a section's process, with a CUDA context
 NEEDLE_TEXT_S_PER_TOKEN = 2e-6  # writing an exam, and a text to ask about
@@ -108,6 +110,25 @@ def _decode(sizes: Sizes) -> Iterator[Piece]:
         )
 
 
+def _restore(sizes: Sizes) -> Iterator[Piece]:
+    for restore in sizes.restores:
+        tokens, layers = restore.num_tokens, restore.num_layers
+        weights = 12.0 * layers * restore.hidden_size**2
+        kv = tokens * layers * restore.kv_width * ITEMSIZE[restore.dtype]
+        inputs = tokens * layers * restore.hidden_size * ITEMSIZE[restore.dtype]
+        ids_s = 2 * weights * tokens / GEMM_FLOP_PER_S
+        attended = attention_flops(tokens, restore.hidden_size // 128 or 1, 128, causal=True)
+        ids_s += layers * attended / FLASH_FLOP_PER_S
+        copy_s = (kv + inputs) / PINNED_BYTES_PER_S
+        # Of about 16 ways twelve move bytes, and the rest compute most of the prefix.
+        rounds = restore.repeats + 2
+        yield Piece(
+            f"{restore.shape}, {tokens // K}K tokens from pinned host memory, every way back",
+            RESTORE_START_S + 2 * ids_s + rounds * (12 * copy_s + 4 * ids_s),
+            2 * weights + 2 * kv,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """One part of a run; it has a process of its own, so that its failure ends nothing else."""
@@ -125,6 +146,7 @@ SECTIONS = {
     "attention": Section(title="Attention rate", plan=_attention, timeout_s=300),
     "prefill": Section(title="Prefill of a Llama-3-8B shape", plan=_prefill, timeout_s=600),
     "decode": Section(title="Decode of a Llama-3-8B shape", plan=_decode, timeout_s=300),
+    "restore": Section(title="Prefixes from the KV store", plan=_restore, timeout_s=1800),
     "needle": Section(title="Needle exams", plan=_needle, timeout_s=1800),
 }
 

@@ -135,5 +135,6 @@ def headline(name: str, rows: list[Row]) -> str:
 
 
 def _at(row: Row) -> str:
-    keys = ("kernel", "mask", "ms", "tflop_per_s", "gb_per_s", "of_gemm", "mfu_of_gemm", "of_copy")
+    ratios = ("of_gemm", "mfu_of_gemm", "of_copy", "of_load")
+    keys = ("kernel", "mask", "ms", "tflop_per_s", "gb_per_s", *ratios)
     return ", ".join(f"{key} {show(row[key])}" for key in keys if key in row)

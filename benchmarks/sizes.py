@@ -20,6 +20,27 @@ class Needle:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Restore:
+    """One prefix in the store, of a shape of `cluster.bench.restore_shapes`."""
+
+    shape: str
+    num_tokens: int
+    num_layers: int = 32
+    hidden_size: int = 4096
+    kv_width: int  # of a token in one layer, keys and values
+    dtype: Dtype = "bfloat16"
+    repeats: int = 3
+
+
+def _opt(num_tokens: int) -> Restore:
+    return Restore(shape="opt-6.7b", num_tokens=num_tokens, kv_width=2 * 4096)
+
+
+def _llama(num_tokens: int) -> Restore:
+    return Restore(shape="llama-3-8b", num_tokens=num_tokens, kv_width=2 * 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     """The sizes of a whole run."""
 
@@ -40,6 +61,7 @@ class Sizes:
     prefill_tokens: tuple[int, ...] = (8 * K, 16 * K, 32 * K, 64 * K, 128 * K)
     decode_contexts: tuple[int, ...] = (K, 8 * K, 32 * K, 128 * K)
     decode_steps: int = 20
+    restores: tuple[Restore, ...] = (_opt(8 * K), _llama(8 * K), _llama(32 * K), _llama(128 * K))
     repeats: int = 5
 
 
@@ -49,6 +71,7 @@ QUICK = Sizes(
     attention_tokens=(8 * K, 32 * K),
     prefill_tokens=(8 * K, 32 * K),
     decode_contexts=(K, 32 * K),
+    restores=(_opt(8 * K), _llama(8 * K)),
     repeats=3,
 )
 ON_CPU = Sizes(
@@ -61,5 +84,16 @@ ON_CPU = Sizes(
     prefill_tokens=(300,),
     decode_contexts=(300,),
     decode_steps=3,
+    restores=(
+        Restore(
+            shape="llama-3",
+            num_tokens=512,
+            num_layers=2,
+            hidden_size=64,
+            kv_width=32,
+            dtype="float32",
+            repeats=1,
+        ),
+    ),
     repeats=2,
 )

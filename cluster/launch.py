@@ -7,7 +7,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -67,6 +67,15 @@ class RunningCluster:
                 raise ClusterError(
                     f"the coordinator gave no answer within {timeout_s:g} s"
                 ) from None
+
+    def results(self, references: Sequence[Any]) -> list[Any]:
+        """Wait for several results, in their order, or for the first error; see `result`."""
+        results: dict[Any, Any] = {}
+        left = list(references)
+        while left:
+            done, left = ray.wait(left)
+            results |= {reference: self.result(reference) for reference in done}
+        return [results[reference] for reference in references]
 
     async def result_async(self, reference: Any) -> Any:
         """Wait for a result without blocking the event loop; see `result`."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.errors import ClusterError
+from actors.errors import ClusterError, UnknownRequest
 from actors.messages import Progress, Request, RequestDelta, RequestOutput
 from actors.trace import Trace
 from cluster.launch import RunningCluster
@@ -114,7 +114,12 @@ class LLM:
         references = [self._cluster.submit("generate", request) for request in requests]
         if use_tqdm:
             self._show_progress(references)
-        return [self._cluster.result(reference) for reference in references]
+        try:
+            outputs: list[RequestOutput] = self._cluster.results(references)
+        except BaseException:
+            self._cancel_all(requests)  # nobody will see the others' answers
+            raise
+        return outputs
 
     async def agenerate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -153,6 +158,13 @@ class LLM:
             UnknownRequest: It has ended, or never was.
         """
         self._cluster.ask("cancel", request_id, timeout_s=30.0)
+
+    def _cancel_all(self, requests: Sequence[Request]) -> None:
+        """Cancel those of some requests that have not ended, as long as anybody listens."""
+        with contextlib.suppress(ClusterError):
+            for request in requests:
+                with contextlib.suppress(UnknownRequest):
+                    self.cancel(request.request_id)
 
     def progress(self, request_id: str | None = None) -> list[Progress]:
         """Return how far the prefill of a request has come, or of all that have no token yet.

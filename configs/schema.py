@@ -97,6 +97,26 @@ class KVStoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RestoreConfig:
+    """How KV comes back from the stores."""
+
+    # auto: loaded, projected from saved layer inputs or recomputed from token ids, each as far
+    # as the solved plan says. load: all that is stored is loaded. recompute: nothing is.
+    method: Literal["auto", "load", "recompute"] = "auto"
+    # serial: the paper's objective, which sends layer inputs before all else.
+    objective: Literal["pipelined", "serial"] = "pipelined"
+    # Layer inputs in the stores instead of keys and values. auto: where they are fewer bytes,
+    # for the share of blocks that restores fastest. both: beside keys and values.
+    activations: Literal["auto", "never", "always", "both"] = "auto"
+    # Makes the way from store to device slower, to stand for another machine; None: as it is.
+    link_bytes_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.link_bytes_per_s is not None:
+            _positive("restore", self, "link_bytes_per_s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RayConfig:
     """Where the actors run."""
 
@@ -135,6 +155,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     kv_store: KVStoreConfig = field(default_factory=KVStoreConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ vocabulary; H, K, J, D as in `attention`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -67,25 +67,31 @@ class Decoder:
         timer: PartTimer,
         *,
         keep_rows: Sequence[int] | None = None,
+        on_inputs: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Return the last layer's hidden states ``[rows, E]`` of the kept rows (None: of all).
 
         ``ids_T`` and ``positions_T`` are int64 on the model's device. What no
         kept row needs is left out of the last layer: all but the keys and values of the others.
+        ``on_inputs`` is given every layer's ``normed_TE``, all rows of it, from which
+        `project_inputs` makes keys and values again. It reads them on the current stream.
         """
         x_TE = functional.embedding(ids_T, self._weights.embed_VE)
         if self._weights.positions_LE is not None:
             rows_T = positions_T + self.config.position_offset
             x_TE += functional.embedding(rows_T, self._weights.positions_LE)
-        cos_sin = None
-        if self._inv_freq is not None:
-            cos_sin = rope_cos_sin(positions_T, self._inv_freq, self._rope_factor)
+        cos_sin = self.rotations(positions_T)
         for index, layer in enumerate(self._weights.layers):
             is_last = index == len(self._weights.layers) - 1
             rows = keep_rows if is_last else None
             timer.at_layer(index)
             with timer("gemm"):
-                q_THD, kv_TJD = self._project(layer, x_TE, cos_sin, rows)
+                normed_TE = self._norm(x_TE, layer.input_norm_E, layer.input_norm_bias_E)
+                q_THD, kv_TJD = self._project(layer, normed_TE, cos_sin, rows)
+            if on_inputs is not None:
+                with timer("store"):
+                    on_inputs(index, normed_TE)
+            del normed_TE  # the ring's rounds want the memory
             out_THD = attention(index, q_THD, kv_TJD)
             if rows is not None:
                 x_TE = x_TE[rows]
@@ -108,16 +114,32 @@ class Decoder:
         normed_TE = self._norm(hidden_TE, weights.final_norm_E, weights.final_norm_bias_E)
         return linear(normed_TE, weights.lm_head_VE).float()
 
+    def rotations(self, positions_T: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return cos and sin of these positions for all layers; None where nothing is turned."""
+        if self._inv_freq is None:
+            return None
+        return rope_cos_sin(positions_T, self._inv_freq, self._rope_factor)
+
+    @torch.inference_mode()
+    def project_inputs(
+        self, layer: int, inputs_TE: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Return ``kv_TJD``, contiguous, as `forward` makes it of a layer's normed inputs.
+
+        ``cos_sin`` are the `rotations` of these rows' positions. The last bits may differ from
+        those of `forward`: a product's depend on how many rows it has.
+        """
+        return self._keys_values(self._weights.layers[layer], inputs_TE, cos_sin)
+
     def _project(
         self,
         layer: LayerWeights,
-        x_TE: Tensor,
+        normed_TE: Tensor,
         cos_sin: tuple[Tensor, Tensor] | None,
         query_rows: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor]:
         """Return ``(q, kv_TJD)``; the queries of some rows alone where these are given."""
         H, K, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        normed_TE = self._norm(x_TE, layer.input_norm_E, layer.input_norm_bias_E)
         if query_rows is None:
             qkv_TPD = self._heads(layer, normed_TE, slice(None))
             self._norm_heads_(qkv_TPD[:, :H], layer.query_norm_D)
@@ -125,12 +147,18 @@ class Decoder:
             self._turn_(qkv_TPD[:, : H + K], cos_sin)
             return qkv_TPD[:, :H], qkv_TPD[:, H:].contiguous()
         q_RHD = self._heads(layer, normed_TE[query_rows], slice(H * D))
-        kv_TJD = self._heads(layer, normed_TE, slice(H * D, None))
         self._norm_heads_(q_RHD, layer.query_norm_D)
-        self._norm_heads_(kv_TJD[:, :K], layer.key_norm_D)
         self._turn_(q_RHD, cos_sin and (cos_sin[0][query_rows], cos_sin[1][query_rows]))
+        return q_RHD, self._keys_values(layer, normed_TE, cos_sin)
+
+    def _keys_values(
+        self, layer: LayerWeights, normed_TE: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        H, K, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        kv_TJD = self._heads(layer, normed_TE, slice(H * D, None))
+        self._norm_heads_(kv_TJD[:, :K], layer.key_norm_D)
         self._turn_(kv_TJD[:, :K], cos_sin)
-        return q_RHD, kv_TJD
+        return kv_TJD
 
     def _heads(self, layer: LayerWeights, normed_TE: Tensor, part: slice) -> Tensor:
         """Project to some of the query, key and value heads."""

@@ -8,9 +8,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, get_type_hints
 
 from models.config import ModelConfig
+
+BYTES_PER_S_LIMIT = 1e15  # of a law: what takes no time that can be measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,10 @@ class Curve:
         (x0, y0), (x1, y1) = points[max(right, 1) - 1], points[max(right, 1)]
         return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
+    def scaled(self, factor: float) -> "Curve":
+        """Return the law of what takes ``factor`` times as long."""
+        return Curve(tuple((x, seconds * factor) for x, seconds in self.points))
+
     @property
     def last_slope(self) -> float:
         """Seconds per unit of x beyond the last point."""
@@ -131,13 +137,49 @@ class Affine:
         if not (0 <= self.latency_s < math.inf and self.bytes_per_s > 0):
             raise ValueError(f"latency must be finite and >= 0, bytes per second > 0: {self}")
 
+    @classmethod
+    def through(cls, small: tuple[float, float], large: tuple[float, float]) -> "Affine":
+        """Return the law through two measured points ``(bytes, seconds)``.
+
+        Where noise makes the larger one the quicker, both take as long as the smaller.
+        """
+        (small_bytes, small_s), (large_bytes, large_s) = small, large
+        more_bytes = large_bytes - small_bytes
+        bytes_per_s = more_bytes / max(large_s - small_s, more_bytes / BYTES_PER_S_LIMIT)
+        return cls(max(small_s - small_bytes / bytes_per_s, 0.0), bytes_per_s)
+
+    def scaled(self, factor: float) -> "Affine":
+        """Return the law of what takes ``factor`` times as long."""
+        return Affine(self.latency_s * factor, self.bytes_per_s / factor)
+
     def __call__(self, num_bytes: float) -> float:
         """Return the seconds for so many bytes."""
         return self.latency_s + num_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class Measured:
+    """Rates that a file can hold: numbers, laws and curves."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers, lists and names."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return what `to_json` wrote.
+
+        Raises:
+            ValueError: The values are not rates: a name is missing or unknown, a number is none.
+        """
+        kinds = get_type_hints(cls)
+        if not isinstance(values, Mapping) or set(values) != set(kinds):
+            raise ValueError("these are not the names of rates")
+        return cls(**{name: _READERS[kind](values[name]) for name, kind in kinds.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates(Measured):
     """What `actors.profiler` measured on a ring, under the load that a step puts on it.
 
     Attention is told in seconds per key as a function of the number of queries:
@@ -171,31 +213,6 @@ class Rates:
         """Return what attention achieves on many queries: the paper's C, of one GPU."""
         return model.attention_flops_per_pair / max(self.dense_key.last_slope, 1e-30)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain numbers, lists and names."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Rates":
-        """Return what `to_json` wrote.
-
-        Raises:
-            ValueError: The values are not rates: a name is missing or unknown, a number is none.
-        """
-        readers: dict[str, Callable[[Any], Any]] = {
-            "Curve": _read_curve,
-            "Affine": _read_affine,
-            "float": _read_number,
-        }
-        kinds = {field.name: _kind(field) for field in dataclasses.fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != set(kinds):
-            raise ValueError("these are not the names of rates")
-        return cls(**{name: readers[kind](values[name]) for name, kind in kinds.items()})
-
-
-def _kind(field: "dataclasses.Field[Any]") -> str:
-    return field.type if isinstance(field.type, str) else field.type.__name__
-
 
 def _read_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -216,3 +233,15 @@ def _read_curve(value: Any) -> Curve:
     ):
         raise ValueError(f"not the points of a curve: {value!r}")
     return Curve(tuple((_read_number(x), _read_number(y)) for x, y in points))
+
+
+def _read_affine_or_none(value: Any) -> Affine | None:
+    return None if value is None else _read_affine(value)
+
+
+_READERS: dict[Any, Callable[[Any], Any]] = {
+    float: _read_number,
+    Affine: _read_affine,
+    Affine | None: _read_affine_or_none,
+    Curve: _read_curve,
+}

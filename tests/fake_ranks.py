@@ -6,7 +6,8 @@ from typing import Any
 from actors.choice import Chooser
 from actors.device_cache import DeviceCache
 from actors.messages import DecodeRow, Plan, PrefillChunk, SequenceResult, StepResult
-from actors.scheduler import Limits, Scheduler, Step
+from actors.scheduler import Scheduler, Step
+from actors.step_sizes import Limits
 from models.rates import ModelShape
 
 SHAPE = ModelShape(

@@ -5,6 +5,7 @@ tests/gpu runs them on CUDA under pytest, `benchmarks.gpu` can run them without
 pytest, and tests/unit runs them on CPU, so that the checks themselves are right.
 """
 
+import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -272,6 +273,41 @@ def check_quantised_kv(device: torch.device) -> None:
             assert (logits_AV.amax(1) - chosen_A).max() < 0.1
 
 
+def check_restores(device: torch.device) -> None:
+    """KV goes to the store behind a step and comes back loaded, projected and recomputed."""
+    from actors.kv.messages import RestoreChoice
+    from tests.thread_stores import ThreadStores
+
+    rng = torch.Generator().manual_seed(0)
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    choice = RestoreChoice(recompute_to=128, takes_activations=frozenset({3, 4, 7}))
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = write_llama_checkpoint(Path(directory), num_key_value_heads=4)
+        for ranks, link_bytes_per_s in ((1, None), (2, None), (2, 20e6)):
+            prompt = torch.randint(0, 500, (700,), generator=rng).tolist()
+            with (
+                ThreadStores(
+                    checkpoint,
+                    block_tokens=64,
+                    activation_share=1.0,
+                    keeps_both=True,
+                    link_bytes_per_s=link_bytes_per_s,
+                ) as stores,
+                ThreadCluster(
+                    checkpoint, ranks, device=_type(device), stores=stores, shares=True
+                ) as cluster,
+            ):
+                prompt += cluster.generate(prompt, params)
+                cluster.flush()
+                cluster.cache.clear()
+                cluster.choose = lambda found: choice
+                generation = cluster.add([*prompt, 5, 6, 7], params)
+                cluster.run()
+                cluster.check_invariants()
+            assert generation.num_cached_tokens == 704 - 128
+            assert_greedy(checkpoint, [*prompt, 5, 6, 7], generation.token_ids)
+
+
 def check_sampling_is_the_cpus(device: torch.device) -> None:
     """A seed draws the same tokens on every device."""
     logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
@@ -319,3 +355,5 @@ CHECKS: dict[str, Check] = {
     "check_sampling_is_the_cpus": check_sampling_is_the_cpus,
     "check_memory_is_found": check_memory_is_found,
 }
+if all(importlib.util.find_spec(name) for name in ("pyarrow", "xxhash")):
+    CHECKS["check_restores"] = check_restores  # else there are no KV stores

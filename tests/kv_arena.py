@@ -17,7 +17,9 @@ from actors.kv.pieces import (
     write_header,
 )
 
-LAYOUT = Layout(num_layers=4, num_kv_heads=2, head_dim=8, dtype="bfloat16", block_tokens=16)
+LAYOUT = Layout(
+    num_layers=4, hidden_size=32, num_kv_heads=2, head_dim=8, dtype="bfloat16", block_tokens=16
+)
 WHERE = Record(num_layers=LAYOUT.num_layers, layer_bytes=1024)
 SIZE_BYTES = WHERE.size_bytes
 

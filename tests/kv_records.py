@@ -5,7 +5,9 @@ import random
 
 from actors.kv.pieces import Layout, PieceId, Record, checksum, write_header
 
-LAYOUT = Layout(num_layers=3, num_kv_heads=2, head_dim=8, dtype="float32", block_tokens=16)
+LAYOUT = Layout(
+    num_layers=3, hidden_size=32, num_kv_heads=2, head_dim=8, dtype="float32", block_tokens=16
+)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """A cluster without Ray: GPU workers as threads of one process, driven as the coordinator does."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +15,12 @@ from actors.choice import Chooser, Rule
 from actors.device_cache import DeviceCache
 from actors.draws import BadWords
 from actors.generation import Generation
+from actors.kv.messages import RestoreChoice, StoredPrefix
 from actors.messages import Plan, SequenceResult, StepResult, WorkerSpec
-from actors.offload import Offload
+from actors.offload import Lookup, Offload
 from actors.plans import prefill_plan
-from actors.scheduler import Limits, Scheduler, Step
+from actors.scheduler import Scheduler, Step
+from actors.step_sizes import Limits
 from actors.worker import GPUWorker
 from attention import PassKVAttention, Ring, RingSequence, ThreadRanks, Zigzag
 from attention.timing import PartTimer
@@ -30,7 +32,10 @@ from models.sampling import SamplingParams
 from tests.staged_ring import StagedRing
 
 if TYPE_CHECKING:  # it needs pyarrow, which computing does not
+    from actors.kv.finder import StoredBlocks, StoreFinder
     from tests.thread_stores import ThreadStores
+
+Choose = Callable[["StoredBlocks"], RestoreChoice | None]
 
 MiB = 2**20
 GREEDY_32 = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
@@ -102,6 +107,11 @@ class ThreadCluster:
             None if stores is None else Offload(stores.keys, stores.restore_min_tokens),
         )
         self.finder = None if stores is None else stores.attach(self.workers)
+        # What the stores have is staged so many steps after a prompt has begun; 0: before.
+        self.staging_steps = 0
+        self._coming: list[tuple[int, Lookup, StoredPrefix]] = []
+        # How what the stores have comes back; all of it is loaded unless a test says otherwise.
+        self.choose: Choose = lambda found: RestoreChoice(recompute_to=found.lookup.start)
 
     def generate(
         self,
@@ -184,10 +194,28 @@ class ThreadCluster:
             return False
         for stored in offload.take_returned():
             asyncio.run(self.finder.release(stored))
+        coming = [each for each in self._coming if each[0] <= 0]
+        self._coming = [
+            (left - 1, lookup, stored) for left, lookup, stored in self._coming if left > 0
+        ]
+        for _, lookup, stored in coming:
+            self.scheduler.found(lookup, stored)
         lookups = offload.take_lookups()
         for lookup in lookups:
-            self.scheduler.found(lookup, asyncio.run(self.finder.find(lookup)))
-        return bool(lookups)
+            self._look_up(self.finder, lookup)
+        return bool(lookups or coming or self._coming)
+
+    def _look_up(self, finder: "StoreFinder", lookup: Lookup) -> None:
+        found = asyncio.run(finder.find(lookup))
+        choice = None if found is None else self.choose(found)
+        stored = None
+        if found is not None and choice is not None:
+            stored = asyncio.run(finder.stage(found, choice))
+            if self.staging_steps and stored is not None:
+                self.scheduler.begin_ahead(lookup, stored.start)
+                self._coming.append((self.staging_steps, lookup, stored))
+                return
+        self.scheduler.found(lookup, stored)
 
     def check_invariants(self) -> None:
         """Assert that the coordinator's tables are the ranks' own, and that nothing is lost."""
@@ -249,6 +277,8 @@ class ThreadCluster:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        for worker in self.workers:
+            worker.close()
         self._exit.close()
 
 

@@ -50,6 +50,9 @@ class ThreadStores:
         disk_bytes: int = 1024 * MiB,
         tenant_share: float = 1.0,
         dtypes: dict[str, Encoding] | None = None,
+        activation_share: float = 0.0,
+        keeps_both: bool = False,
+        link_bytes_per_s: float | None = None,
         fingerprint: bytes = b"f" * 32,
     ) -> None:
         """Start the stores; host h keeps its disk in a directory of its own."""
@@ -57,6 +60,7 @@ class ThreadStores:
         dtypes = dtypes or {}
         self.layout = Layout(
             num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype="float32",
@@ -65,6 +69,8 @@ class ThreadStores:
         self.encoding: Encoding = dtypes.get("host", "raw")
         self.remote_encoding: Encoding = dtypes.get("remote", "raw")
         self.restore_min_tokens = restore_min_tokens
+        self._activation_share, self._keeps_both = activation_share, keeps_both
+        self._link_bytes_per_s = link_bytes_per_s
         exactness = exactness_class(**cast(dict[str, str], dtypes))
         self.keys = TenantKeys(SECRET, fingerprint, exactness, block_tokens)
         self.hosts = [f"host-{host}" for host in range(num_hosts)]
@@ -92,7 +98,10 @@ class ThreadStores:
         numbers = [rank * len(self.hosts) // len(workers) for rank in range(len(workers))]
         of_ranks = [(self.stores[number], self.infos[number]) for number in numbers]
         for worker in workers:
-            worker.attach_store(of_ranks, self.layout, self.encoding)
+            worker.attach_store(
+                of_ranks, self.layout, self.encoding, link_bytes_per_s=self._link_bytes_per_s
+            )
+            worker.keep_activations(self._activation_share, self._keeps_both)
         return StoreFinder(
             [
                 _Handle(host, store, info.flight_address)

@@ -8,12 +8,12 @@ are free when its last lease ends.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from actors.kv.extents import Extents, aligned
 from actors.kv.messages import Lease
-from actors.kv.pieces import PieceId
+from actors.kv.pieces import LOSSLESS, PieceId
 
 
 @dataclass(kw_only=True)
@@ -114,15 +114,18 @@ class Directory:
         now_s: float,
         *,
         expires: bool = True,
+        any_lossless: bool = False,
     ) -> Lease | None:
         """Lease a place to write a piece, evicting the least recently used where room is short.
 
         A tenant at its quota evicts its own. Returns None where the piece's tokens are there
         or being written (what is there of the block counts as used), or where no room can be
         made because the rest is leased or the quota too small; then next to nothing was
-        evicted. A lease that does not ``expire`` is for writers that always return it.
+        evicted. With ``any_lossless`` tokens are there in whichever lossless encoding they
+        are. A lease that does not ``expire`` is for writers that always return it.
         """
-        if piece in self._visible or self._covers(piece):
+        alike = LOSSLESS if any_lossless and piece.encoding in LOSSLESS else {piece.encoding}
+        if piece in self._visible or self._covers(piece, alike):
             for each in sorted(self._by_key.get(piece.key, ())):
                 self._touch(self._by_use[each])
             return None
@@ -260,11 +263,11 @@ class Directory:
             assert by_use
         assert {entry.tenant for entry in committed.values()} == set(self._tenant_by_use)
 
-    def _covers(self, piece: PieceId) -> bool:
-        """Whether committed pieces of the same encoding have all tokens of one, however cut."""
+    def _covers(self, piece: PieceId, encodings: Set[str]) -> bool:
+        """Whether committed pieces of these encodings have all tokens of one, however cut."""
         position = piece.start
         for each in sorted(self._by_key.get(piece.key, ())):
-            if each.encoding == piece.encoding and each.start <= position:
+            if each.encoding in encodings and each.start <= position:
                 position = max(position, each.end)
         return position >= piece.end
 

@@ -12,6 +12,7 @@ keeps these within its limit; a file that another one has removed is a piece les
 import contextlib
 import os
 import re
+import secrets
 import stat
 import threading
 import time
@@ -30,7 +31,17 @@ from actors.kv.disk_file import (
     write_file,
 )
 from actors.kv.disk_layouts import write_layout
-from actors.kv.pieces import BadPiece, Layout, PieceId, read_header, verify_record
+from actors.kv.pieces import (
+    KEY_BYTES,
+    BadPiece,
+    Layout,
+    PieceId,
+    Record,
+    checksum,
+    read_header,
+    verify_record,
+    write_header,
+)
 
 _COUNTERS = ("hits", "misses", "written", "evicted", "bad", "vanished")
 
@@ -215,6 +226,36 @@ class DiskTier:
                 counts["bad"] += 1
         return counts
 
+    def measure(self, num_bytes: int) -> tuple[float, float]:
+        """Return the seconds to read and to write one record of about so many bytes.
+
+        Both as of a piece: written whole, synced and renamed; read from the disk itself, where
+        the system lets go of what it has cached, and verified as for a rank. Nothing is evicted
+        for it: while it is measured, the tier may be larger than its limit by so much.
+
+        Raises:
+            ValueError: ``num_bytes`` is not positive.
+            BadPiece: What was read is not what was written.
+            OSError: The disk is full or fails. Nothing is left behind.
+        """
+        piece, record = _made_up(num_bytes, self._layout)
+        target = memoryview(bytearray(b"\1") * len(record))
+        shard = self._make_shard(piece)
+        start_s = time.perf_counter()
+        name, _ = write_file(shard, piece, tenant_tag(b"nobody"), record)
+        write_s = time.perf_counter() - start_s
+        # Of a process that dies here a piece is left that nobody asks for: it is evicted.
+        path = f"{shard}/{name}"
+        try:
+            _forget_cached(path)
+            start_s = time.perf_counter()
+            read_file(path, name, target)
+            verify_record(target, piece, self._layout)
+            return time.perf_counter() - start_s, write_s
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
     def stats(self) -> dict[str, int]:
         """Return what is there, and what was done since this object was made.
 
@@ -305,6 +346,30 @@ class DiskTier:
             _make_private(self.directory)
             shard.mkdir(mode=0o700, exist_ok=True)
         return shard
+
+
+def _made_up(num_bytes: int, layout: Layout) -> tuple[PieceId, memoryview]:
+    """Return a piece that nobody has, and its record of noise: a disk might compress others."""
+    if num_bytes < 1:
+        raise ValueError(f"a record to measure with must have at least 1 byte, got {num_bytes}")
+    piece = PieceId(secrets.token_bytes(KEY_BYTES), 0, layout.block_tokens, "raw")
+    where = Record(num_layers=layout.num_layers, layer_bytes=-(-num_bytes // layout.num_layers))
+    record = memoryview(
+        bytearray(where.payload_offset) + os.urandom(layout.num_layers * where.layer_bytes)
+    )
+    sums = [checksum(where.layer(record, layer)) for layer in range(layout.num_layers)]
+    write_header(record, piece, layout, where, sums)
+    return piece, record
+
+
+def _forget_cached(path: str) -> None:
+    """Have the system drop what it has cached of a file that is synced, where it can."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
 
 
 def _make_private(directory: Path) -> None:

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 from actors.kv.messages import (
     Found,
     Lease,
+    RestoreChoice,
     RestorePart,
     StoredPrefix,
     Tier,
     Wanted,
     rank_of_block,
 )
-from actors.kv.pieces import PieceId
+from actors.kv.pieces import ACTIVATIONS, PieceId
 from actors.offload import Lookup
 
 OWNER = "coordinator"
@@ -54,6 +55,42 @@ class Source:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block that the stores have whole, and the pieces that they have of it."""
+
+    start: int  # position of its first token
+    rank: int  # that is to hold it
+    host: str  # of this rank
+    sources: tuple[Source, ...]  # that cover it, by KV where it is there
+    inputs: tuple[Source, ...]  # that cover it, by saved layer inputs where these are there
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there is a choice."""
+        return self.sources != self.inputs
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """What the stores have of a prompt, without a gap from its start on."""
+
+    lookup: Lookup
+    blocks: tuple[Block, ...]
+    find_s: float
+
+    @property
+    def is_far(self) -> bool:
+        """Whether any of it must be brought from a disk or another host."""
+        return any(source.tier != "host" for block in self.blocks for source in block.sources)
+
+    @property
+    def end(self) -> int:
+        """The position behind what is wanted of the last block."""
+        last = self.blocks[-1]
+        return min(self.lookup.tokens, last.start + last.sources[-1].end)
+
+
 class StoreFinder:
     """Finds prefixes in all hosts' stores and has them staged in arenas."""
 
@@ -74,23 +111,34 @@ class StoreFinder:
         self._timeout_s = timeout_s
         self._asked_again_s: dict[str, float] = {}  # when a store that failed is, by host
 
-    async def find(self, lookup: Lookup) -> StoredPrefix | None:
-        """Return what there is of a prompt, leased in the arenas of the ranks that need it."""
+    async def find(self, lookup: Lookup) -> StoredBlocks | None:
+        """Return what the stores have of a prompt's blocks, None if that is not even the first."""
         start_s = time.perf_counter()
         keys = list(lookup.keys)
         answers = await asyncio.gather(
             *(self._call(host, "find", keys, timeout_s=self._timeout_s) for host in self._stores)
         )
         found = {host: answer or [] for host, answer in zip(self._stores, answers, strict=True)}
-        blocks = self._cover(lookup, found)
-        found_s = time.perf_counter()
+        blocks = self._whole_blocks(lookup, found)
         if not blocks:
             return None
-        leases = await self._stage(lookup, blocks)
-        times_s = found_s - start_s, time.perf_counter() - found_s
-        stored = self._prefix(lookup, blocks, leases, *times_s)
-        if stored is not None:
-            return stored
+        return StoredBlocks(lookup, tuple(blocks), time.perf_counter() - start_s)
+
+    async def stage(self, stored: StoredBlocks, choice: RestoreChoice) -> StoredPrefix | None:
+        """Have what is not recomputed brought into the arenas of the ranks that need it, leased.
+
+        What cannot be had ends the prefix there; None where nothing is left of it.
+        """
+        begin_s = time.perf_counter()
+        blocks = [
+            (block, self._sources(block, choice))
+            for block in stored.blocks
+            if block.start >= choice.recompute_to
+        ]
+        leases = await self._lease(stored.lookup, blocks)
+        prefix = self._prefix(stored, choice, blocks, leases, begin_s)
+        if prefix is not None:
+            return prefix
         await self._release_all({h: [x.lease_id for x in of.values()] for h, of in leases.items()})
         return None
 
@@ -107,39 +155,44 @@ class StoreFinder:
             )
         )
 
-    def _cover(
-        self, lookup: Lookup, found: Mapping[str, Sequence[Found]]
-    ) -> list[tuple[str, list[Source]]]:
-        """Return host and sources of the first blocks, up to one that is not whole."""
-        first = lookup.start // self._block_tokens
+    def _whole_blocks(self, lookup: Lookup, found: Mapping[str, Sequence[Found]]) -> list[Block]:
+        """Return the first blocks, up to one that is not whole."""
         by_key: dict[bytes, list[tuple[str, Found]]] = {}
         for host, of_host in found.items():
             for each in of_host:
                 by_key.setdefault(each.piece.key, []).append((host, each))
         blocks = []
         for index, key in enumerate(lookup.keys):
-            rank = rank_of_block(first + index, lookup.home, len(self._rank_hosts))
+            start = lookup.start + index * self._block_tokens
+            rank = rank_of_block(start // self._block_tokens, lookup.home, len(self._rank_hosts))
             host = self._rank_hosts[rank]
-            near = [
+            near = tuple(
                 (of, each if of == host else self._travelling(each))
                 for of, each in by_key.get(key, ())
-            ]
+            )
             sources = cover_block(near, host, self._block_tokens)
-            if sources is None:
+            inputs = cover_block(near, host, self._block_tokens, prefers_activations=True)
+            if sources is None or inputs is None:
                 break
-            blocks.append((host, sources))
+            blocks.append(Block(start, rank, host, tuple(sources), tuple(inputs)))
         return blocks
 
-    async def _stage(
-        self, lookup: Lookup, blocks: Sequence[tuple[str, Sequence[Source]]]
+    def _sources(self, block: Block, choice: RestoreChoice) -> Sequence[Source]:
+        takes_inputs = block.start // self._block_tokens in choice.takes_activations
+        return block.inputs if takes_inputs else block.sources
+
+    async def _lease(
+        self, lookup: Lookup, blocks: Sequence[tuple[Block, Sequence[Source]]]
     ) -> dict[str, dict[PieceId, Lease]]:
         """Have pieces brought into the arenas of the hosts that need them; return their leases."""
         wanted: dict[str, dict[PieceId, Wanted]] = {}
-        for host, sources in blocks:
+        for block, sources in blocks:
             for source in sources:
-                address = None if source.host == host else self._stores[source.host].flight_address
-                wanted.setdefault(host, {})[source.piece] = Wanted(
-                    piece=source.piece, size_bytes=source.size_bytes, flight_address=address
+                is_here = source.host == block.host
+                wanted.setdefault(block.host, {})[source.piece] = Wanted(
+                    piece=source.piece,
+                    size_bytes=source.size_bytes,
+                    flight_address=None if is_here else self._stores[source.host].flight_address,
                 )
         staged = await asyncio.gather(
             *(self._stage_on(host, list(of.values()), lookup.tenant) for host, of in wanted.items())
@@ -156,50 +209,48 @@ class StoreFinder:
 
     def _prefix(
         self,
-        lookup: Lookup,
-        blocks: Sequence[tuple[str, Sequence[Source]]],
+        stored: StoredBlocks,
+        choice: RestoreChoice,
+        blocks: Sequence[tuple[Block, Sequence[Source]]],
         leases: Mapping[str, Mapping[PieceId, Lease]],
-        find_s: float,
-        stage_s: float,
+        begin_s: float,
     ) -> StoredPrefix | None:
         """Return what was staged without a gap, None if that is nothing."""
+        lookup = stored.lookup
         parts: list[RestorePart] = []
         tiers: Counter[Tier] = Counter()
-        end = lookup.start
-        for index, (host, sources) in enumerate(blocks):
-            if any(source.piece not in leases[host] for source in sources):
+        for block, sources in blocks:
+            if any(source.piece not in leases[block.host] for source in sources):
                 break
-            block_start = lookup.start + index * self._block_tokens
-            rank = rank_of_block(
-                block_start // self._block_tokens, lookup.home, len(self._rank_hosts)
-            )
             for source in sources:
-                part_end = min(block_start + source.end, lookup.tokens)
-                if part_end <= block_start + source.start:
+                start = block.start + source.start
+                end = min(block.start + source.end, lookup.tokens)
+                if end <= start:
                     continue
                 parts.append(
                     RestorePart(
-                        rank=rank,
-                        start=block_start + source.start,
-                        end=part_end,
-                        block_start=block_start,
-                        lease=leases[host][source.piece],
+                        rank=block.rank,
+                        start=start,
+                        end=end,
+                        block_start=block.start,
+                        lease=leases[block.host][source.piece],
                         tier=source.tier,
                     )
                 )
-                tiers[source.tier] += part_end - parts[-1].start
-                end = part_end
-        if end == lookup.start:
+                tiers[source.tier] += end - start
+        if not parts:
             return None
         return StoredPrefix(
-            start=lookup.start,
-            end=end,
+            start=parts[0].start,
+            end=parts[-1].end,
             home=lookup.home,
             parts=tuple(parts),
             leases={h: tuple(lease.lease_id for lease in of.values()) for h, of in leases.items()},
             tokens_by_tier=dict(tiers),
-            find_s=find_s,
-            stage_s=stage_s,
+            choice=choice,
+            begin_s=begin_s,
+            find_s=stored.find_s,
+            stage_s=time.perf_counter() - begin_s,
         )
 
     async def _call(self, host: str, method: str, *args: Any, timeout_s: float) -> Any:
@@ -214,16 +265,29 @@ class StoreFinder:
 
 
 def cover_block(
-    found: Sequence[tuple[str, Found]], host: str, block_tokens: int
+    found: Sequence[tuple[str, Found]],
+    host: str,
+    block_tokens: int,
+    *,
+    prefers_activations: bool = False,
 ) -> list[Source] | None:
-    """Return sources that cover a block for ``host``, the nearest ones; None if there is a gap."""
+    """Return sources that cover a block for ``host``, the nearest ones; None if there is a gap.
+
+    Of those that are as near, saved layer inputs come last, or first where they are preferred.
+    """
     sources: list[Source] = []
     position = 0
+
+    def rank(pair: tuple[str, Found]) -> tuple[int, bool, int]:
+        of, each = pair
+        is_preferred = (each.piece.encoding == ACTIVATIONS) == prefers_activations
+        return _distance(host, of, each), not is_preferred, -each.piece.end
+
     while position < block_tokens:
-        here = [(of, each) for of, each in found if each.piece.start <= position < each.piece.end]
+        here = [pair for pair in found if pair[1].piece.start <= position < pair[1].piece.end]
         if not here:
             return None
-        of, best = min(here, key=lambda pair: (_distance(host, *pair), -pair[1].piece.end))
+        of, best = min(here, key=rank)
         tier: Tier = best.tier if of == host else "remote"
         sources.append(Source(best.piece, position, best.piece.end, of, tier, best.size_bytes))
         position = best.piece.end

@@ -49,13 +49,27 @@ class HostTier:
             return directory.holds(piece)
 
     def reserve(
-        self, tenant: bytes, owner: str, wanted: Sequence[tuple[PieceId, int]], *, expires: bool
+        self,
+        tenant: bytes,
+        owner: str,
+        wanted: Sequence[tuple[PieceId, int]],
+        *,
+        expires: bool,
+        any_lossless: bool = False,
     ) -> list[Lease | None]:
         """Lease places to write pieces of these bytes; see `Directory.reserve`."""
         with self._deciding() as directory:
             now_s = self._expire(directory)
             return [
-                directory.reserve(piece, tenant, size_bytes, owner, now_s, expires=expires)
+                directory.reserve(
+                    piece,
+                    tenant,
+                    size_bytes,
+                    owner,
+                    now_s,
+                    expires=expires,
+                    any_lossless=any_lossless,
+                )
                 for piece, size_bytes in wanted
             ]
 

@@ -1,7 +1,7 @@
 """What crosses between ranks, coordinator and KV stores: ids, leases, counts. Never KV itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from actors.kv.pieces import Layout, PieceId
@@ -79,17 +79,60 @@ class RestorePart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RestoreTimes:
+    """What one rank's part of a restore was, and where its time went."""
+
+    kv_tokens: int = 0  # loaded
+    activation_tokens: int = 0  # projected from saved layer inputs
+    link_bytes: int = 0
+    link_s: float = 0.0  # that the link was busy
+    project_s: float = 0.0  # that the device was busy with projection
+    total_s: float = 0.0  # from its begin until the last layer was there
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreChoice:
+    """How a stored prefix is to come back, and what that is expected to take."""
+
+    recompute_to: int  # position; what lies before it is recomputed while the rest comes back
+    takes_activations: frozenset[int] = frozenset()  # blocks of which both forms are stored
+    predicted_s: float | None = None  # until the chunk behind it is computed; None: no rates
+    load_s: float = 0.0  # of it, what the links are busy
+    # Of other ways: load, activations, ids.
+    alternatives_s: dict[str, float] = field(default_factory=dict)
+    link_idle: float | None = None  # share of predicted_s
+    device_idle: float | None = None
+    link_bytes_per_s: float | None = None  # of a link that is slowed down to this
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoredPrefix:
     """What the stores have of a prompt's beginning: brought into arenas, and leased there."""
 
-    start: int  # position; what lies before it is not part of it
+    start: int  # position; what lies before it is computed, or on the ranks
     end: int
     home: int | None  # the rank that is to have all of it; None: all ranks, block by block
     parts: tuple[RestorePart, ...]  # in order of positions
     leases: dict[str, tuple[int, ...]]  # by host, to be released
     tokens_by_tier: dict[Tier, int]
+    choice: RestoreChoice
+    begin_s: float  # when it was chosen, by the coordinator's clock
     find_s: float
     stage_s: float
+
+    @property
+    def record_bytes(self) -> list[int]:
+        """The sizes of all records."""
+        return list({part.lease.piece: part.lease.size_bytes for part in self.parts}.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreOrder:
+    """Rows of a sequence that come back from now on, into places that are grown already."""
+
+    sequence_id: int
+    parts: tuple[RestorePart, ...]  # of all ranks
+    patience_s: float  # what is not there after so long counts as damaged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 import xxhash
 
 MAGIC = b"RINGSPKV"
-VERSION = 1  # of records: others are not read
+VERSION = 2  # of records: others are not read
 KEY_BYTES = 32
 CHECKSUM_BYTES = 16
 HEADER_BYTES = 256
 ALIGNMENT = 64
+# Encodings of which nothing is lost: keys and values as they are; and the activations that go
+# into their projection, from which they are made again.
+RAW, ACTIVATIONS = "raw", "act"
+LOSSLESS = frozenset({RAW, ACTIVATIONS})
 # magic, version, num_layers, layer_bytes, start, end, first_head, end_head, key, layout, encoding
 _HEADER = struct.Struct("<8sIIQIIII32s16s16s")
 
@@ -38,7 +42,7 @@ class PieceId:
     key: bytes  # of the block
     start: int  # first token within the block
     end: int  # one past the last
-    encoding: str  # "raw", or a lossy one of `models.kv_codec`
+    encoding: str  # "raw", "act", or a lossy one of `models.kv_codec`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Layout:
     """What KV is made of; pieces of another layout cannot be read."""
 
     num_layers: int
+    hidden_size: int  # of activations
     num_kv_heads: int
     head_dim: int
     dtype: str
@@ -56,6 +61,7 @@ class Layout:
         fields = (
             VERSION,
             self.num_layers,
+            self.hidden_size,
             self.num_kv_heads,
             self.head_dim,
             self.dtype,

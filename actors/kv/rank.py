@@ -4,12 +4,15 @@ import logging
 
 import torch
 
+from actors.kv.activations import ActivationCapture
 from actors.kv.arena import Arena
 from actors.kv.client import Store, StoreClient
+from actors.kv.link import open_link
 from actors.kv.loader import BlockLoader
 from actors.kv.messages import StoreInfo
 from actors.kv.pieces import Layout
 from actors.kv.writer import BlockWriter
+from models.decoder import Decoder
 from models.kv_codec import Encoding
 from models.page_pool import PagePool
 
@@ -30,8 +33,14 @@ class RankStore:
         *,
         rank: int,
         encoding: Encoding,
+        decoder: Decoder | None = None,
+        link_bytes_per_s: float | None = None,
     ) -> None:
-        """Map the arena; on CUDA have it pinned, so that copies run beside computation."""
+        """Map the arena; on CUDA have it pinned, so that copies run beside computation.
+
+        ``decoder`` makes KV of activations. ``link_bytes_per_s`` slows the way out of the
+        arena down; None: it is as fast as it goes.
+        """
         arena = Arena.attach(info.arena_path)
         if pool.device.type == "cuda":
             _pin(arena)
@@ -39,8 +48,32 @@ class RankStore:
         self.writer = BlockWriter(
             pool, arena, layout, client, owner=f"rank-{rank}", encoding=encoding
         )
-        self.loader = BlockLoader(pool, arena, layout, client, rank)
+        self.link = open_link(arena, link_bytes_per_s)
+        self.loader = BlockLoader(
+            pool, arena, layout, client, rank, decoder=decoder, link=self.link
+        )
         pool.before_write = self.writer.wait_for
+        self.arena, self.client, self.layout, self.encoding = arena, client, layout, encoding
+        self._pool = pool
+
+    @property
+    def capture(self) -> ActivationCapture | None:
+        """Who takes the inputs of layers that are stored; None: KV is stored."""
+        return self.writer.capture
+
+    def keep_activations(self, share: float, *, keeps_both: bool) -> None:
+        """Store a share of the blocks from now on as activations, or beside KV where both."""
+        capture = None
+        if share > 0.0:
+            capture = ActivationCapture(
+                num_layers=self.layout.num_layers,
+                hidden_size=self.layout.hidden_size,
+                dtype=self._pool.dtype,
+                device=self._pool.device,
+                block_tokens=self.layout.block_tokens,
+                share=share,
+            )
+        self.writer.keep_activations(capture, keeps_both=keeps_both)
 
 
 def _pin(arena: Arena) -> None:

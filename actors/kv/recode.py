@@ -10,29 +10,30 @@ import torch
 from torch import Tensor
 
 from actors.kv.messages import Found
+from actors.kv.piece_sizes import record_of
 from actors.kv.pieces import (
+    RAW,
     Layout,
     PieceId,
-    Record,
     checksum,
     read_header,
     verify_layer,
     write_header,
 )
-from models.kv_codec import Encoding, decode, encode, layer_bytes
+from models.kv_codec import Encoding, decode, encode
 
 
 def recode(
     record: memoryview, piece: PieceId, layout: Layout, encoding: str
 ) -> tuple[PieceId, bytearray]:
-    """Return a piece in another encoding, and its whole record.
+    """Return a piece of KV in another encoding, and its whole record.
 
     Raises:
         BadPiece: The record is damaged, or of another piece; what it holds is not used.
     """
     source, sums = read_header(record, piece, layout)
     recoded = dataclasses.replace(piece, encoding=encoding)
-    where = Record(num_layers=layout.num_layers, layer_bytes=encoded_layer_bytes(recoded, layout))
+    where = record_of(recoded, layout)
     written = bytearray(where.size_bytes)
     view = memoryview(written)
     kv_2KSD = torch.empty(
@@ -57,22 +58,11 @@ def recode(
 
 def recoded_size(found: Found, layout: Layout, encoding: str) -> Found:
     """Return a piece as `recode` makes it of a raw one; others stay as they are."""
-    if encoding == "raw" or found.piece.encoding != "raw":
+    if encoding == RAW or found.piece.encoding != RAW:
         return found
     piece = dataclasses.replace(found.piece, encoding=encoding)
-    where = Record(num_layers=layout.num_layers, layer_bytes=encoded_layer_bytes(piece, layout))
-    return dataclasses.replace(found, piece=piece, size_bytes=where.size_bytes)
-
-
-def encoded_layer_bytes(piece: PieceId, layout: Layout) -> int:
-    """Return the bytes of one layer of a piece."""
-    return layer_bytes(
-        cast(Encoding, piece.encoding),
-        num_tokens=piece.end - piece.start,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        dtype=getattr(torch, layout.dtype),
-    )
+    size_bytes = record_of(piece, layout).size_bytes
+    return dataclasses.replace(found, piece=piece, size_bytes=size_bytes)
 
 
 def _tensor(data: bytearray | memoryview) -> Tensor:

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,10 +17,10 @@ from actors.kv.arena import Arena, sweep
 from actors.kv.directory import Directory
 from actors.kv.disk import DiskTier
 from actors.kv.disk_writer import DiskWriter, Recode
-from actors.kv.flight import PieceClient, PieceServer
+from actors.kv.flight import PROBE_BYTES, PieceClient, PieceServer, probe_bytes
 from actors.kv.host_tier import HostTier
 from actors.kv.messages import Found, Lease, StoreInfo, StoreSpec, Wanted
-from actors.kv.pieces import BadPiece, PieceId
+from actors.kv.pieces import LOSSLESS, RAW, BadPiece, PieceId, checksum
 from actors.kv.stager import Stager
 
 EXPIRE_EVERY_S = 5.0  # or a quarter of the time that leases have
@@ -60,7 +61,7 @@ class KVStore:
             raise
         self._writer = None
         if self._disk:
-            recode = None if spec.disk_dtype == "raw" else self._recoding(spec.disk_dtype)
+            recode = None if spec.disk_dtype == RAW else self._recoding(spec.disk_dtype)
             self._writer = DiskWriter(self._host, self._disk, recode=recode)
             self._writer.start()
         self._client = PieceClient(spec.token)
@@ -83,9 +84,10 @@ class KVStore:
     ) -> list[Lease | None]:
         """Lease places for pieces of these bytes, to write them into the arena.
 
-        None for a piece that is there or being written, and where no room can be made.
+        None for a piece that is there or being written, also where its tokens are there as
+        activations instead of KV or the other way round, and where no room can be made.
         """
-        return self._host.reserve(tenant, owner, wanted, expires=True)
+        return self._host.reserve(tenant, owner, wanted, expires=True, any_lossless=True)
 
     def commit(self, done: Sequence[tuple[int, bytes]]) -> None:
         """End leases to write: the records are whole, each with its header's checksum as seal.
@@ -153,6 +155,34 @@ class KVStore:
             counts["disk"] = self._disk.verify()
         return counts
 
+    def measure_disk(self, num_bytes: int) -> tuple[float, float] | None:
+        """Return the seconds to read and to write so many bytes on this store's disk.
+
+        As pieces are read and written there, with their checksums; see `DiskTier.measure`, also
+        for what it raises. None: this store has no disk.
+        """
+        return self._disk.measure(num_bytes) if self._disk else None
+
+    def probe_remote(self, address: str, num_bytes: int) -> float:
+        """Return the seconds that so many bytes take from another host's store, verified.
+
+        The same way as pieces that are staged; the first call connects, which takes longer.
+
+        Raises:
+            ValueError: ``num_bytes`` is not between 1 and `actors.kv.flight.PROBE_BYTES`.
+            ConnectionError: That host cannot be reached, refuses, or sent other bytes.
+        """
+        if not 0 < num_bytes <= PROBE_BYTES:
+            raise ValueError(f"a probe has 1 to {PROBE_BYTES} bytes, got {num_bytes}")
+        target = memoryview(bytearray(b"\1") * num_bytes)  # written once, as arenas mostly are
+        start_s = time.perf_counter()
+        self._client.probe(address, target)
+        found = checksum(target)
+        elapsed_s = time.perf_counter() - start_s
+        if found != checksum(probe_bytes(num_bytes)):
+            raise ConnectionError(f"the probe of {num_bytes} bytes from {address} is damaged")
+        return elapsed_s
+
     def clear(self, tenant: bytes | None = None) -> dict[str, dict[str, int]]:
         """Forget what a tenant has here (None: all); return how many pieces of which tier."""
         # The arena first: a piece that is being written to disk is then found gone.
@@ -187,10 +217,10 @@ class KVStore:
             try:
                 record = self._open(piece, stack)
             except KeyError:
-                if piece.encoding == "raw" or piece.encoding != self._spec.remote_dtype:
+                if piece.encoding in LOSSLESS or piece.encoding != self._spec.remote_dtype:
                     raise
                 # Others ask for what a lossy `remote_dtype` makes of what is here.
-                raw = dataclasses.replace(piece, encoding="raw")
+                raw = dataclasses.replace(piece, encoding=RAW)
                 recode = self._recoding(self._spec.remote_dtype)
                 record = recode(raw, self._open(raw, stack))[1]
             yield record
@@ -203,11 +233,11 @@ class KVStore:
             return self._read_from_disk(piece)
 
     def _recoding(self, encoding: str) -> Recode:
-        """Return what puts records into a lossy encoding; those that are in one stay so."""
+        """Return what puts records of raw KV into a lossy encoding; others stay as they are."""
         from actors.kv.recode import recode  # imports torch, which no other store needs
 
         def recoded(piece: PieceId, record: memoryview) -> tuple[PieceId, memoryview]:
-            if piece.encoding != "raw":
+            if piece.encoding != RAW:
                 return piece, record
             other, written = recode(record, piece, self._spec.layout, encoding)
             return other, memoryview(written)

@@ -38,7 +38,7 @@ class Stores:
     def __init__(self, handles: Sequence[RayStoreHandle], keys: TenantKeys) -> None:
         """Take stores that are up."""
         self.keys = keys
-        self._handles = handles
+        self.handles = handles
         self.finder: StoreFinder
 
     @classmethod
@@ -73,7 +73,7 @@ class Stores:
         )
         stores = cls([RayStoreHandle(actors[info.host], info) for info in infos], keys)
         stores.finder = StoreFinder(
-            stores._handles,
+            stores.handles,
             [where.host for where in places],
             block_tokens=config.kv_store.block_tokens,
             timeout_s=config.kv_store.timeout_s,
@@ -92,6 +92,7 @@ class Stores:
             [of_host[where.host] for where in places],
             layout,
             _encoding(config.kv_store.host_dtype, config),
+            link_bytes_per_s=config.restore.link_bytes_per_s,
             timeout_s=config.ray.start_timeout_s,
         )
         return stores
@@ -99,12 +100,12 @@ class Stores:
     async def ask_all(self, method: str, *args: Any, timeout_s: float) -> dict[str, Any]:
         """Call a method of every store; of one that is lost the answer is None."""
         answers = await asyncio.gather(
-            *(handle.call(method, *args, timeout_s=timeout_s) for handle in self._handles),
+            *(handle.call(method, *args, timeout_s=timeout_s) for handle in self.handles),
             return_exceptions=True,
         )
         return {
             handle.host: None if isinstance(answer, BaseException) else answer
-            for handle, answer in zip(self._handles, answers, strict=True)
+            for handle, answer in zip(self.handles, answers, strict=True)
         }
 
     async def stop(self, ranks: Ranks) -> None:
@@ -112,7 +113,7 @@ class Stores:
         with contextlib.suppress(Exception):  # ranks that are lost have nothing to flush
             await ranks.call("flush_store", FLUSH_S, timeout_s=2 * FLUSH_S)
         await self.ask_all("close", timeout_s=FLUSH_S)
-        for handle in self._handles:
+        for handle in self.handles:
             ray.kill(handle.actor)
 
 
@@ -124,6 +125,13 @@ def store_bytes(config: Config, device: str) -> int:
     if device == "cpu" and config.kv_store.disk_directory is None:
         return 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def is_lossy(config: Config) -> bool:
+    """Return whether any tier may lose something: then layer inputs are not stored."""
+    kv = config.kv_store
+    dtypes = (config.kv_cache_dtype, kv.host_dtype, kv.remote_dtype, kv.disk_dtype)
+    return any(dtype != "auto" for dtype in dtypes)
 
 
 def _spec(

@@ -19,6 +19,8 @@ from cluster.bench import (
     offload,
     prediction,
     requests,
+    restore,
+    restore_report,
     runs,
     speed,
     tiers,
@@ -100,6 +102,13 @@ KINDS = {
         tiers.add_flags,
         tiers.measure,
         tiers.table,
+        has_model=False,
+    ),
+    "restore": Kind(
+        "every way to bring a stored prefix back, over links of many speeds",
+        restore.add_flags,
+        restore.measure,
+        restore_report.table,
         has_model=False,
     ),
 }
@@ -240,6 +249,9 @@ def read_percents(name: str, text: str) -> list[float]:
 # By option, whichever kind has it.
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "lengths": read_counts,
+    "hidden": lambda name, value: read_count(name, value, least=64),
+    "layers": read_count,
+    "block_tokens": lambda name, value: read_count(name, value, least=16),
     "new": read_counts,
     "cached": lambda name, text: read_counts(name, text, least=0),
     "miss": read_percents,

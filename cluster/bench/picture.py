@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cluster.bench.restore_picture import draw_cases
 from models.errors import RingspanError
 
 Axes = Any  # of matplotlib, which is imported only where a picture is drawn
@@ -25,12 +26,22 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    _DRAWINGS[report["kind"]](report, axes)
     machine = report["machine"]
     model = f": {report['model']}" if "model" in report else ""
-    axes.set_title(f"{report['benchmark']}{model}\n{machine['cpu']}, {machine['date']}")
-    axes.grid(visible=True, which="both", alpha=0.3)
+    title = f"{report['benchmark']}{model}\n{machine['cpu']}, {machine['date']}"
+    if report["kind"] == "restore":
+        count = len(report["cases"])
+        columns = min(count, 3)
+        figure, panels = pyplot.subplots(
+            -(-count // columns), columns, squeeze=False, figsize=(13, 9), layout="constrained"
+        )
+        draw_cases(report["cases"], panels.flat)
+        figure.suptitle(title)
+    else:
+        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        _DRAWINGS[report["kind"]](report, axes)
+        axes.set_title(title)
+        axes.grid(visible=True, which="both", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=_COLUMNS.get(report["kind"], 4))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from actors.messages import StepRecord
 
 Input = TypeVar("Input")
+Name = TypeVar("Name")
 Run = TypeVar("Run")
 Pair = tuple[str, str]  # names of contestants: of, over
 
@@ -30,13 +31,13 @@ class Measured:
 
 
 def interleave(
-    actions: Mapping[str, Callable[[Input], Run]], inputs: Iterable[Input]
-) -> dict[str, list[Run]]:
+    actions: Mapping[Name, Callable[[Input], Run]], inputs: Iterable[Input]
+) -> dict[Name, list[Run]]:
     """Have everybody run each input before anybody runs the next.
 
     Each round begins with another, so that nobody always follows the same one.
     """
-    measured: dict[str, list[Run]] = {name: [] for name in actions}
+    measured: dict[Name, list[Run]] = {name: [] for name in actions}
     order = deque(actions)
     for each in inputs:
         for name in order:

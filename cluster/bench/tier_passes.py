@@ -39,7 +39,12 @@ from cluster.bench.runs import Measured
 from models.page_pool import PagePool
 
 LAYOUT = Layout(
-    num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_tokens=256
+    num_layers=32,
+    hidden_size=4096,
+    num_kv_heads=8,
+    head_dim=128,
+    dtype="bfloat16",
+    block_tokens=256,
 )  # of Llama 3 8B
 TOKEN_BYTES = 2 * LAYOUT.num_kv_heads * LAYOUT.head_dim * 2  # of one layer
 PAGE_TOKENS = 256
@@ -126,7 +131,8 @@ def memory_passes(pieces: Pieces, _: Path) -> Iterator[dict[str, Pass]]:
 
     def restore(verifies: bool) -> None:
         loader = BlockLoader(pool, arena, LAYOUT, None, 0, verifies=verifies)
-        assert not loader.begin({0: parts}).finish()
+        damaged, _ = loader.begin(0, parts).finish()
+        assert damaged is None
 
     def memcpy() -> None:
         for _, record, target in pieces.each():

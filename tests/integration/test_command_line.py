@@ -152,6 +152,8 @@ def test_check_gives_a_verdict(needle: Path, capsys: pytest.CaptureFixture[str])
     assert "give -cp 2 or more" in capsys.readouterr().err
 
 
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("shared_ray")
 def test_check_measures_what_quantised_kv_costs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -173,6 +175,8 @@ def test_check_measures_what_quantised_kv_costs(
     assert 0.8 < loss["top1_agreement"] <= 1.0
 
 
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("shared_ray")
 def test_bench_decode_measures_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
     """Ours and transformers in one run, with where the time went."""

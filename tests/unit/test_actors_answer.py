@@ -1,13 +1,22 @@
 """What an answer tells of what came back from the KV stores."""
 
 import asyncio
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from actors.answer import Answer, joint_restored
 from actors.generation import Generation
-from actors.kv.messages import Lease, RestorePart, StoredPrefix, Tier
+from actors.kv.messages import (
+    Lease,
+    RestoreChoice,
+    RestorePart,
+    RestoreTimes,
+    StoredPrefix,
+    Tier,
+)
 from actors.kv.pieces import PieceId
 from actors.messages import PrefillChunk, Restored, SequenceResult, StepRecord
 from models.sampling import SamplingParams
@@ -16,7 +25,7 @@ PARTS: list[tuple[int, int, Tier]] = [(0, 64, "host"), (64, 128, "disk"), (128, 
 
 
 def restore_part(start: int, end: int, tier: Tier) -> RestorePart:
-    piece = PieceId(b"k" * 32, 0, end - start, "raw")
+    piece = PieceId(b"k" * 32, 0, end - start, "act" if start == 64 else "raw")
     lease = Lease(lease_id=1, piece=piece, offset_bytes=0, size_bytes=1)
     return RestorePart(rank=0, start=start, end=end, block_start=start, lease=lease, tier=tier)
 
@@ -31,6 +40,8 @@ def restored(bad_from: int | None) -> Restored | None:
         parts=parts,
         leases={},
         tokens_by_tier={},
+        choice=RestoreChoice(recompute_to=0, predicted_s=2.0, alternatives_s={"kv": 3.0}),
+        begin_s=time.perf_counter() - 1.0,
         find_s=0.0021,
         stage_s=0.03,
     )
@@ -50,7 +61,7 @@ def restored(bad_from: int | None) -> Restored | None:
         home=None,
         first_rank=0,
         draw=None,
-        restored=parts,
+        behind_restored=True,
     )
     record = StepRecord(
         number=0,
@@ -65,13 +76,17 @@ def restored(bad_from: int | None) -> Restored | None:
         prices_s={},
         plan_s=0.0,
         wall_s=0.1,
-        ranks_wall_s=(0.1, 0.1),
+        ranks_wall_s=(0.4, 0.4),
         ranks_parts_s=({"restore": 0.001}, {"restore": 0.0093, "gemm": 1.0}),
     )
 
     async def take() -> Restored | None:
         answer = Answer(generation, None)
-        results = [SequenceResult(token_ids=(), bad_from=bad_from), SequenceResult(token_ids=())]
+        times = RestoreTimes(activation_tokens=64, link_bytes=500, link_s=0.2, project_s=0.3)
+        results = [
+            SequenceResult(token_ids=(), bad_from=bad_from, restore=times),
+            SequenceResult(token_ids=(), restore=times),
+        ]
         answer.take(record, chunk, results)
         return joint_restored([answer])
 
@@ -84,10 +99,24 @@ def test_tiers_and_times_of_a_restore_are_told() -> None:
 
     assert told is not None
     assert (told.tokens, told.tokens_by_tier) == (192, {"host": 64, "disk": 128})
+    assert (told.projected_tokens, told.link_bytes, told.predicted_s) == (64, 1000, 2.0)
+    assert told.measured_s >= 1.0
+    told = replace(told, measured_s=1.25, link_idle=0.8, device_idle=0.3)
     assert told.line() == (
-        "restored 192 tokens: 64 from host, 128 from disk; found in 2.1 ms, staged in 30.0 ms,"
-        " waited for 9.3 ms"
+        "restored 192 tokens: 64 from host, 128 from disk, 64 projected from layer inputs; in"
+        " 1250.0 ms, predicted 2000.0 (alone: kv 3000.0); found in 2.1 ms, staged in 30.0 ms,"
+        " waited for 9.3 ms; idle: link 80%, device 30%"
     )
+
+
+def test_idle_shares_are_those_of_the_ranks() -> None:
+    """A device that waits for a layer is idle, unless it projects meanwhile."""
+    told = restored(None)
+
+    assert told is not None
+    busy_s = 0.4 - (0.001 + 0.0093) / 2 + 0.3
+    assert told.device_idle == pytest.approx(1 - busy_s / told.measured_s)
+    assert told.link_idle == pytest.approx(1 - 0.2 / told.measured_s)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ def piece(number: int, start: int = 0) -> PieceId:
 
 PIECES = [piece(number, start) for number in range(4) for start in (0, 8)]
 PIECES += [PieceId(piece(0).key, start, start + 12, "raw") for start in (0, 4)]  # cut otherwise
+PIECES += [PieceId(piece(0).key, start, 16, "act") for start in (0, 8)]
+PIECES += [PieceId(piece(0).key, 0, 8, "int8")]
 SIZES = [1, 64, 100, 192, 256, 300, 448, 640, 641]
 
 
@@ -60,8 +62,13 @@ class Model:
     def committed(self, key: bytes) -> list[Entry]:
         return [e for e in self.entries if e.visible and e.seal is not None and e.piece.key == key]
 
-    def covers(self, piece: PieceId) -> bool:
-        pieces = [entry.piece for entry in self.committed(piece.key)]
+    def covers(self, piece: PieceId, any_lossless: bool) -> bool:
+        pieces = [
+            entry.piece
+            for entry in self.committed(piece.key)
+            if entry.piece.encoding == piece.encoding
+            or (any_lossless and {entry.piece.encoding, piece.encoding} == {"raw", "act"})
+        ]
         return all(
             any(p.start <= token < p.end for p in pieces) for token in range(piece.start, piece.end)
         )
@@ -102,20 +109,31 @@ class DirectoryAgainstLists(RuleBasedStateMachine):
         size=st.sampled_from(SIZES),
         owner=st.sampled_from("ab"),
         whole=st.booleans(),
+        any_lossless=st.booleans(),
     )
-    def write(self, piece: PieceId, tenant: bytes, size: int, owner: str, whole: bool) -> None:
-        lease = self.reserve(piece, tenant, size, owner)
+    def write(
+        self,
+        piece: PieceId,
+        tenant: bytes,
+        size: int,
+        owner: str,
+        whole: bool,
+        any_lossless: bool,
+    ) -> None:
+        lease = self.reserve(piece, tenant, size, owner, any_lossless)
         if lease is not None and whole:
             self.finish(lease.lease_id, b"seal")
 
-    def reserve(self, piece: PieceId, tenant: bytes, size: int, owner: str) -> Lease | None:
+    def reserve(
+        self, piece: PieceId, tenant: bytes, size: int, owner: str, any_lossless: bool
+    ) -> Lease | None:
         model = self.model
         idle = [e for e in model.entries if not model.pinned(e)]
         pinned = [e for e in model.entries if model.pinned(e)]
         own_bytes = sum(aligned(e.size) for e in model.entries if e.tenant == tenant)
         own_pinned_bytes = sum(aligned(e.size) for e in pinned if e.tenant == tenant)
         over_bytes = own_bytes + aligned(size) - QUOTA_BYTES
-        is_there = model.visible(piece) is not None or model.covers(piece)
+        is_there = model.visible(piece) is not None or model.covers(piece, any_lossless)
         possible = (
             not is_there
             and own_pinned_bytes + aligned(size) <= QUOTA_BYTES
@@ -123,7 +141,9 @@ class DirectoryAgainstLists(RuleBasedStateMachine):
         )
         fits_already = over_bytes <= 0 and model.longest_gap(model.entries) >= aligned(size)
 
-        lease = self.directory.reserve(piece, tenant, size, owner, self.now_s)
+        lease = self.directory.reserve(
+            piece, tenant, size, owner, self.now_s, any_lossless=any_lossless
+        )
 
         if is_there:
             for entry in sorted(model.committed(piece.key), key=lambda e: e.piece):

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator
 import pyarrow.flight as flight
 import pytest
 
-from actors.kv.flight import BATCH_BYTES, PieceClient, PieceServer, Ticket
+from actors.kv.flight import (
+    BATCH_BYTES,
+    PROBE_BYTES,
+    PieceClient,
+    PieceServer,
+    Probe,
+    Ticket,
+    probe_bytes,
+)
 from actors.kv.pieces import BadPiece, PieceId
 from tests.kv_records import noise, piece_id
 
@@ -117,8 +125,15 @@ def test_tickets_survive_the_way() -> None:
         ticket(last=101).pack(),
         ticket(token="\N{BLACK STAR}").pack()[:-1],
         ticket(token="x" * 2000).pack(),
+        Probe(size_bytes=0, token=TOKEN).pack(),
+        Probe(size_bytes=PROBE_BYTES + 1, token=TOKEN).pack(),
+        Probe(size_bytes=1, token=TOKEN).pack()[:15],
+        Probe(size_bytes=1, token="x" * 2000).pack(),
     ],
-    ids=["empty", "x", "short", "magic", "version", "no bytes", "beyond", "utf-8", "long"],
+    ids=[
+        *("empty", "x", "short", "magic", "version", "no bytes", "beyond", "utf-8", "long"),
+        *("empty probe", "large probe", "short probe", "long probe"),
+    ],
 )
 def test_a_malformed_ticket_is_refused_in_a_few_words(server: PieceServer, data: bytes) -> None:
     with (
@@ -144,6 +159,24 @@ def test_all_else_that_flight_can_do_is_refused(
 ) -> None:
     with flight.FlightClient(server.address) as client, pytest.raises(NotImplementedError):
         call(client)
+
+
+@pytest.mark.parametrize("size", [1, BATCH_BYTES - 1, 3 * BATCH_BYTES + 5, PROBE_BYTES])
+def test_a_probe_brings_what_was_asked_for(host: Host, server: PieceServer, size: int) -> None:
+    """The way that pieces take, without a piece: nothing is opened for it."""
+    target = bytearray(size)
+    PieceClient(TOKEN).probe(server.address, memoryview(target))
+    assert target == probe_bytes(size)
+    assert len({probe_bytes(100)[:50], probe_bytes(100)[50:]}) == 2
+    assert host.opened == []
+
+
+def test_a_probe_needs_the_token(server: PieceServer) -> None:
+    """Else anybody on the network could have a host send as much as its links carry."""
+    target = bytearray(100)
+    with pytest.raises(ConnectionError, match="wrong token"):
+        PieceClient("another").probe(server.address, memoryview(target))
+    assert target == bytes(100)
 
 
 def test_a_record_of_another_size_is_a_connection_error(host: Host, server: PieceServer) -> None:

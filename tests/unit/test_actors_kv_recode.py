@@ -1,29 +1,33 @@
 """A record in another encoding proves what it is as the first one did, or is not made."""
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
+from actors.kv.messages import Found
+from actors.kv.piece_sizes import record_of
 from actors.kv.pieces import (
     BadPiece,
     Layout,
     PieceId,
-    Record,
     checksum,
     read_header,
     verify_record,
     write_header,
 )
-from actors.kv.recode import encoded_layer_bytes, recode
+from actors.kv.recode import recode, recoded_size
 from models.kv_codec import Encoding, decode, encode
 
-LAYOUT = Layout(num_layers=3, num_kv_heads=2, head_dim=6, dtype="bfloat16", block_tokens=16)
+LAYOUT = Layout(
+    num_layers=3, hidden_size=40, num_kv_heads=2, head_dim=6, dtype="bfloat16", block_tokens=16
+)
 PIECE = PieceId(key=b"k" * 32, start=3, end=14, encoding="raw")
 
 
 def raw_record(kv_L2KSD: torch.Tensor) -> bytearray:
-    where = Record(num_layers=3, layer_bytes=encoded_layer_bytes(PIECE, LAYOUT))
+    where = record_of(PIECE, LAYOUT)
     record = bytearray(where.size_bytes)
     for layer, kv_2KSD in enumerate(kv_L2KSD):
         target = torch.frombuffer(where.layer(memoryview(record), layer), dtype=torch.uint8)
@@ -82,6 +86,24 @@ def test_damage_anywhere_is_caught_first(kv_L2KSD: torch.Tensor) -> None:
         damaged[rng.randrange(len(record))] ^= 1 << rng.randrange(8)
         with pytest.raises(BadPiece):
             recode(memoryview(damaged), PIECE, LAYOUT, "int8")
+
+
+def test_only_raw_pieces_change_on_their_way(kv_L2KSD: torch.Tensor) -> None:
+    """Activations have no lossy form, and what is lossy loses nothing more."""
+    for encoding in ("act", "int4"):
+        piece = dataclasses.replace(PIECE, encoding=encoding)
+        found = Found(piece=piece, tier="host", size_bytes=record_of(piece, LAYOUT).size_bytes)
+        assert recoded_size(found, LAYOUT, "int8") == found
+    raw = Found(piece=PIECE, tier="host", size_bytes=len(raw_record(kv_L2KSD)))
+    assert recoded_size(raw, LAYOUT, "int8").size_bytes < raw.size_bytes
+
+
+def test_activations_take_their_width() -> None:
+    """Of 11 tokens, 40 values of 2 bytes in each layer, padded to 64."""
+    piece = dataclasses.replace(PIECE, encoding="act")
+
+    assert record_of(piece, LAYOUT).layer_bytes == 896
+    assert record_of(PIECE, LAYOUT).layer_bytes == 576  # of 2 * 2 * 6 values
 
 
 def test_record_of_another_piece_is_refused(kv_L2KSD: torch.Tensor) -> None:

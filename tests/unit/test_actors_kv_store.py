@@ -1,6 +1,7 @@
 """A host's store as its ranks meet it: real shared memory, disk and transfers, many threads."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from actors.kv.arena import SHARED_MEMORY, Arena
 from actors.kv.disk import DiskTier
+from actors.kv.flight import PROBE_BYTES
 from actors.kv.messages import Found, Lease, StoreInfo, StoreSpec, Wanted
 from actors.kv.pieces import BadPiece, PieceId
 from actors.kv.store import KVStore
@@ -321,6 +323,96 @@ def test_verify_finds_what_is_damaged(start: Start, tmp_path: Path) -> None:
     assert counts["disk"] == {"verified": 3, "bad": 1, "vanished": 0}
     tiers = {each.piece: each.tier for each in rank.store.find([piece(n).key for n in range(4)])}
     assert tiers == {piece(0): "host", piece(1): "host", piece(2): "disk", piece(3): "host"}
+
+
+def test_the_disk_is_measured_and_left_as_it_was(start: Start, tmp_path: Path) -> None:
+    """Neither a piece nor a counter changes, nor is anything evicted to make room."""
+    rank = start(disk_bytes=3 * SIZE_BYTES + 3 * 4096)
+    rank.write(*(piece(number) for number in range(3)))
+    before = idle(rank.store)
+    files = {*(tmp_path / "disk").rglob("*.arrow")}
+
+    for num_bytes in (1, 1001, 3 << 20):
+        measured = rank.store.measure_disk(num_bytes)
+        assert measured is not None
+        assert all(seconds > 0 for seconds in measured)
+
+    assert {path for path in (tmp_path / "disk").rglob("*") if path.is_file()} - files == {
+        next((tmp_path / "disk").glob("*.json"))
+    }
+    assert files <= {*(tmp_path / "disk").rglob("*.arrow")}
+    assert rank.store.stats() == before
+    with pytest.raises(ValueError, match="at least 1 byte, got 0"):
+        rank.store.measure_disk(0)
+
+
+def test_a_store_without_a_disk_measures_none(start: Start) -> None:
+    """The profiler asks every store."""
+    assert start(disk_directory=None).store.measure_disk(1000) is None
+
+
+def test_measuring_a_disk_reads_what_it_wrote(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the checksums of a piece: a time without them would promise too much."""
+
+    def damage(path: str) -> None:
+        with Path(path).open("r+b") as file:
+            file.seek(-3000, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-3000, os.SEEK_END)
+            file.write(bytes([byte ^ 1]))
+
+    monkeypatch.setattr("actors.kv.disk._forget_cached", damage)
+    rank = start()
+    with pytest.raises(BadPiece, match="damaged"):
+        rank.store.measure_disk(1 << 20)
+    assert not list((tmp_path / "disk").rglob("*.arrow"))
+
+
+def test_a_disk_that_is_full_cannot_be_measured(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so, and leaves nothing of the half that it wrote."""
+    rank = start()
+
+    def fsync(_: int) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr("actors.kv.disk_file.os.fsync", fsync)
+    with pytest.raises(OSError, match="no space left"):
+        rank.store.measure_disk(1 << 20)
+    assert [p for p in (tmp_path / "disk").rglob("*") if p.is_file() and p.suffix != ".json"] == []
+
+
+def test_the_way_from_another_host_is_measured(start: Start) -> None:
+    """Nothing is staged for it, and it needs no piece."""
+    there, here = start(host="there"), start(host="here", disk_directory=None)
+    for num_bytes in (1, 1001, 3 << 20):
+        assert here.store.probe_remote(there.address, num_bytes) > 0
+    assert here.store.stats()["remote"]["staged"] == 0
+    assert here.store.stats()["host"]["used_bytes"] == 0
+
+
+def test_a_probe_that_cannot_be_is_an_error(start: Start) -> None:
+    """Of another cluster's token, of a size that fills memory, or of a host that is gone."""
+    there, here = start(host="there"), start(host="here", disk_directory=None, token="another")
+    with pytest.raises(ConnectionError, match="wrong token"):
+        here.store.probe_remote(there.address, 1000)
+    for num_bytes in (-1, 0, PROBE_BYTES + 1):
+        with pytest.raises(ValueError, match="a probe has 1 to"):
+            here.store.probe_remote(there.address, num_bytes)
+    there.store.close()
+    with pytest.raises(ConnectionError):
+        here.store.probe_remote(there.address, 1000)
+
+
+def test_a_damaged_probe_is_no_measurement(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are verified, as those of a piece are."""
+    there, here = start(host="there"), start(host="here", disk_directory=None)
+    monkeypatch.setattr("actors.kv.flight.probe_bytes", lambda size: bytes(size))
+    with pytest.raises(ConnectionError, match="damaged"):
+        here.store.probe_remote(there.address, 1000)
 
 
 def test_a_full_disk_stops_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ from actors.profile_file import (
     FORMAT,
     ProfileFacts,
     ProfileFile,
+    RestoreFacts,
     default_directory,
     device_name,
     host_numbers,
 )
 from tests.unit.test_models_prices import CPU, TINY
+from tests.unit.test_models_restore_rates import DISK
 
 FACTS = ProfileFacts(
     devices=("AMD EPYC, 2 cores",) * 2,
@@ -26,6 +28,7 @@ FACTS = ProfileFacts(
     kv_cache_dtype="auto",
     model=TINY,
 )
+RESTORE = RestoreFacts(block_tokens=256, host_dtype="auto", disk_directory="/disk")
 
 
 @pytest.fixture
@@ -102,6 +105,59 @@ def test_sections_live_side_by_side(file: ProfileFile) -> None:
     assert file.section("link") == {"bytes_per_s": 3e9}
     assert file.load() == CPU
     assert json.loads(file.path.read_text())["format"] == FORMAT
+
+
+def test_rates_of_restores_are_found_again(file: ProfileFile) -> None:
+    """Beside those of the ring, which stay."""
+    file.save(CPU)
+    assert file.load_restore(RESTORE) is None
+
+    file.save_restore(RESTORE, DISK)
+
+    assert ProfileFile(str(file.path.parent), FACTS).load_restore(RESTORE) == DISK
+    assert file.load() == CPU
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block_tokens": 512},
+        {"host_dtype": "int8"},
+        {"disk_directory": None},
+        {"disk_directory": "/other"},
+        {"xxhash": "0"},
+        {"format": 0},
+    ],
+)
+def test_other_stores_have_other_rates(file: ProfileFile, change: dict[str, object]) -> None:
+    """The ring's are not theirs: only restores are measured anew."""
+    file.save(CPU)
+    file.save_restore(RESTORE, DISK)
+
+    assert file.load_restore(dataclasses.replace(RESTORE, **change)) is None  # type: ignore[arg-type]
+    assert file.load() == CPU
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"facts": dataclasses.asdict(RESTORE)},
+        {"facts": dataclasses.asdict(RESTORE), "rates": [1]},
+        {"facts": dataclasses.asdict(RESTORE), "rates": DISK.to_json() | {"load": None}},
+        {"facts": None, "rates": DISK.to_json()},
+        {"rates": DISK.to_json()},
+    ],
+)
+def test_damaged_rates_of_restores_are_as_none(
+    file: ProfileFile, values: dict[str, object]
+) -> None:
+    """They are measured anew and written over."""
+    file.save_section("restore", values)
+
+    assert file.load_restore(RESTORE) is None
+    file.save_restore(RESTORE, DISK)
+    assert file.load_restore(RESTORE) == DISK
 
 
 def test_a_directory_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

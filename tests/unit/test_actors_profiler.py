@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors import profiler
+from actors import profiler, stopwatch
 from models.cost import SequenceShape, price_decode, price_prefill
 from models.rates import Rates, model_shape
 from tests.checkpoints import write_llama_checkpoint
@@ -26,8 +26,8 @@ def cluster(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Thread
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler, "SIZES", (1, 16, 64, 256, 1024))
-    monkeypatch.setattr(profiler, "LONGEST_RUN_S", 0.02)
-    monkeypatch.setattr(profiler, "REPEATS", 2)
+    monkeypatch.setattr(stopwatch, "LONGEST_RUN_S", 0.02)
+    monkeypatch.setattr(stopwatch, "REPEATS", 2)
     monkeypatch.setattr(profiler, "LARGE_BYTES", 2**18)
 
 
@@ -71,7 +71,7 @@ def test_a_slow_model_is_measured_at_fewer_sizes(
     cluster: ThreadCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two points make a law; no rank measures more than the others."""
-    monkeypatch.setattr(profiler, "LONGEST_RUN_S", 0.0)
+    monkeypatch.setattr(stopwatch, "LONGEST_RUN_S", 0.0)
 
     rates = profiled(cluster)[0]
 

@@ -1,5 +1,6 @@
 """Turns, forks, evictions, preemptions, cancels: every answer is transformers' own."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from actors.choice import Rule
 from actors.generation import Generation
+from actors.kv.finder import StoredBlocks
+from actors.kv.messages import RestoreChoice
 from models.rates import Rates
 from models.sampling import SamplingParams
 from tests.checkpoints import write_llama_checkpoint
@@ -123,6 +126,16 @@ class Mix:
         self._open.clear()
 
 
+def any_choice(rng: np.random.Generator, found: StoredBlocks) -> RestoreChoice:
+    """Recompute some of a prompt, and load or project the rest."""
+    starts = [found.lookup.start, *(block.start for block in found.blocks)]
+    blocks = range(len(found.lookup.keys) + found.lookup.start)
+    return RestoreChoice(
+        recompute_to=int(rng.choice(starts)),
+        takes_activations=frozenset(block for block in blocks if rng.random() < 0.5),
+    )
+
+
 def check_mix(
     checkpoint: Path,
     num_ranks: int,
@@ -154,6 +167,8 @@ def check_mix(
         stores=stores,
         **limits,
     ) as cluster:
+        cluster.choose = functools.partial(any_choice, rng)
+        cluster.staging_steps = int(rng.integers(0, 3))
         mix = Mix(checkpoint, cluster)
         for number, batch in enumerate(batches):
             if number == clear_before or stores is not None:
@@ -214,6 +229,8 @@ stored_mixes = given(
     capacity_bytes=st.sampled_from([100_000, 16 * 2**20]),
     block_tokens=st.sampled_from([16, 32]),
     damages=st.sampled_from([0, 0, 1, 8]),
+    activation_share=st.sampled_from([0.0, 0.5, 1.0]),
+    keeps_both=st.booleans(),
     **MIX,
 )
 
@@ -224,6 +241,8 @@ def check_stored_mix(
     capacity_bytes: int,
     block_tokens: int,
     damages: int,
+    activation_share: float,
+    keeps_both: bool,
     **mix: Any,
 ) -> None:
     with ThreadStores(
@@ -231,6 +250,8 @@ def check_stored_mix(
         num_hosts=num_hosts,
         capacity_bytes=capacity_bytes,
         block_tokens=block_tokens,
+        activation_share=activation_share,
+        keeps_both=keeps_both,
     ) as stores:
         check_mix(checkpoint, stores=stores, damages=damages, **mix)
 
