@@ -181,6 +181,13 @@ class Config:
                 "long_prefill_token_threshold must be >= 0, got"
                 f" {self.long_prefill_token_threshold}"
             )
+        tiers = self.kv_store
+        dtypes = (self.kv_cache_dtype, tiers.host_dtype, tiers.remote_dtype, tiers.disk_dtype)
+        if self.restore.activations in ("always", "both") and set(dtypes) != {"auto"}:
+            raise ValueError(
+                f"restore.activations={self.restore.activations} stores nothing that is quantised:"
+                " leave kv_cache_dtype and the dtypes of kv_store at auto, or use never"
+            )
         if self.max_logprobs < -1:
             raise ValueError(f"max_logprobs must be >= -1, got {self.max_logprobs}")
         if self.threads_per_rank < 0:

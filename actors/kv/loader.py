@@ -123,8 +123,12 @@ class Restoring:
 
     @property
     def share(self) -> float:
-        """The share of layers that is there, 0 to 1; 1 also where no more will come."""
-        return 1.0 if self._is_lost else self._layers / self._num_layers
+        """The share of layers that is there, 0 to 1; 1 also where nothing comes any more.
+
+        Whoever waits for 1 before the first `wait` does not wait for ever.
+        """
+        is_silent = time.monotonic() > self._came_s + self._patience_s
+        return 1.0 if self._is_lost or is_silent else self._layers / self._num_layers
 
     def wait(self, layer: int) -> None:
         """Return when a layer can be read; on CUDA by what follows on the current stream.

@@ -283,6 +283,22 @@ def test_what_does_not_come_counts_as_damaged(stored: Stored) -> None:
         stored.assert_untouched(layer, 1)
 
 
+def test_a_link_that_is_silent_is_not_looked_at_for_ever(stored: Stored) -> None:
+    """Who waits until all is there, beside other work, goes on: then `wait` gives up."""
+    parts = mixed_parts(stored)
+    stored.grow(1, parts)
+    link = GatedLink(stored.arena)
+    restoring = stored.loader(link).begin(1, parts, patience_s=BOUND_S)
+    link.let_through(len(parts))
+    restoring.wait(0)
+    assert restoring.share == pytest.approx(1 / 3)
+
+    restoring._patience_s = 0.0
+    assert restoring.share == 1.0
+    assert restoring.finish()[0] == min(part.start for part in parts)
+    link.let_through(100)
+
+
 def test_an_aborted_restore_writes_no_more(stored: Stored) -> None:
     """Its pages are given away with the sequence."""
     parts = mixed_parts(stored)

@@ -157,6 +157,9 @@ def test_value_of_a_wrong_type_is_refused(override: str, message: str) -> None:
         ("dtype=fp16", "['auto', 'float32', 'bfloat16', 'float16']"),
         ("kv_cache_dtype=int4", "['auto', 'int8', 'fp8']"),
         ("kv_store.host_dtype=int2", "['auto', 'int8', 'int4', 'fp8']"),
+        ("restore.method=fastest", "['auto', 'load', 'recompute']"),
+        ("restore.objective=joint", "['pipelined', 'serial']"),
+        ("restore.activations=some", "['auto', 'never', 'always', 'both']"),
         ("kv_store.remote_dtype=raw", "['auto', 'int8', 'int4', 'fp8']"),
         ("kv_store.disk_dtype=bfloat16", "['auto', 'int8', 'int4', 'fp8']"),
         (
@@ -195,6 +198,10 @@ def test_value_that_is_no_choice_is_refused(override: str, choices: str) -> None
         ("page_tokens=300", "page_tokens must be a multiple of 256, got 300"),
         ("max_logprobs=-2", "max_logprobs must be >= -1, got -2"),
         ("threads_per_rank=-1", "threads_per_rank must be >= 0, got -1"),
+        (
+            "restore.link_bytes_per_s=0",
+            "restore.link_bytes_per_s must be greater than 0 and finite, got 0.0",
+        ),
         ("kv_store.host_memory_bytes=-1", "kv_store.host_memory_bytes must be >= 0, got -1"),
         ("kv_store.block_tokens=0", "kv_store.block_tokens must be a multiple of 16, got 0"),
         ("kv_store.block_tokens=-16", "kv_store.block_tokens must be a multiple of 16, got -16"),
@@ -227,6 +234,14 @@ def test_value_that_is_no_choice_is_refused(override: str, choices: str) -> None
 def test_value_outside_its_range_is_refused(override: str, message: str) -> None:
     """Where it is read, and not by an actor on another machine."""
     assert refusal(overrides=[override]) == message
+
+
+@pytest.mark.parametrize("dtype", ["kv_cache_dtype=int8", "kv_store.disk_dtype=int4"])
+@pytest.mark.parametrize("activations", ["always", "both"])
+def test_activations_are_not_stored_beside_quantised_kv(dtype: str, activations: str) -> None:
+    """They would be exact KV under keys of KV that is not."""
+    message = refusal(overrides=[dtype, f"restore.activations={activations}"])
+    assert message.startswith(f"restore.activations={activations} stores nothing that is quantised")
 
 
 def test_disk_without_a_store_is_refused() -> None:
