@@ -37,6 +37,7 @@ from actors.trace import Tracer
 from models.errors import PromptError
 
 RECENT_S = 10.0  # over which rates of work are told
+POLL_S = 0.01  # between two looks at what comes back, while nothing else is to be done
 # A burst is followed by the next without a pause: it is handed out so long before the end of the
 # one under way, of whose predicted time this share is believed.
 LEAD_S = 0.015
@@ -175,6 +176,11 @@ class Engine:
                 start_s = time.perf_counter()
                 step = self.scheduler.next_step()
                 self._call_stores()
+                if step is None and self.scheduler.awaits_rows:
+                    await asyncio.sleep(POLL_S)
+                    shares = await self._ranks.call("restoring", timeout_s=None)
+                    self.scheduler.note_restoring(shares)
+                    continue
                 if step is None:
                     self._work.clear()
                     continue

@@ -54,7 +54,7 @@ class PlanExecutor:
     @property
     def restoring(self) -> dict[int, float]:
         """Of sequences whose rows come back, the share of layers that is there, 0 to 1."""
-        return {sequence_id: each.share for sequence_id, each in self._restoring.items()}
+        return {sequence_id: each.share for sequence_id, each in list(self._restoring.items())}
 
     def execute(self, plan: Plan, timer: PartTimer) -> tuple[SequenceResult, ...]:
         """Return what this rank knows of each of the plan's sequences, in their order."""

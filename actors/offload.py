@@ -138,9 +138,9 @@ class Offload:
         return tuple(order for order in orders if order.sequence_id in running)
 
     @property
-    def has_stores(self) -> bool:
-        """Whether anything is to be stored."""
-        return bool(self._stores)
+    def has_news(self) -> bool:
+        """Whether the ranks are to be told of anything to store or to bring back."""
+        return bool(self._stores or self._orders)
 
     def take_lookups(self) -> list[Lookup]:
         """Return what is to be looked up since the last call."""

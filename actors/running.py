@@ -8,8 +8,6 @@ from actors.kv.messages import StoredPrefix
 from actors.messages import DecodeRow, PrefillChunk, TokenIds
 from actors.plans import find_first_rank
 
-SHORT_S = 0.02  # a step waits so long for rows that come back
-
 
 @dataclass(order=True)
 class Entry:
@@ -64,12 +62,11 @@ class Running:
         """Whether nothing is left to compute before what the stores are to bring."""
         return self.next_end <= self.start < len(self.context)
 
-    @property
-    def waits_for_rows(self) -> bool:
-        """Whether the next chunk attends to rows that will be on their way for a while."""
+    def waits_for_rows(self, most_s: float) -> bool:
+        """Whether the next chunk attends to rows that will be on their way for longer than that."""
         if not self.is_restoring or self.ends or self.stored is None:
             return False
-        return self.restored_share < 1.0 and self.stored.choice.load_s > SHORT_S
+        return (1.0 - self.restored_share) * self.stored.choice.load_s > most_s
 
     @property
     def generation(self) -> Generation:

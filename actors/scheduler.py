@@ -167,8 +167,8 @@ class Scheduler:
         prefilling = [
             running for running in runs if running.remaining and not running.waits_for_stores
         ]
+        prefilling = self._ready(prefilling)
         decoding = [running for running in runs if not running.remaining]
-        prefilling = _ready(prefilling, bool(decoding))
         step = None
         if prefilling and (self.limits.decode_rides or not decoding or self.num_steps % 2 == 0):
             step = self._mixed_step(prefilling, decoding if self.limits.decode_rides else [])
@@ -177,7 +177,7 @@ class Scheduler:
         if step is None and self._waiting and not self._running:
             # Whoever ran was preempted to the last: now there is room.
             return self.next_step()
-        if step is None and self.offload is not None and self.offload.has_stores:
+        if step is None and self.offload is not None and self.offload.has_news:
             return self._step((), (), (), ())
         self.num_steps += step is not None
         return step
@@ -209,9 +209,7 @@ class Scheduler:
     def advance(self, step: Step, results: Sequence[StepResult]) -> list[Generation]:
         """Take what the ranks made of a step; return the answers that it completed."""
         self._observe(step, max(result.wall_s for result in results))
-        for each in self._running.values():
-            shares = [result.restoring.get(each.sequence_id, 1.0) for result in results]
-            each.restored_share = min(shares) if each.is_restoring else 0.0
+        self.note_restoring([result.restoring for result in results])
         done = []
         for index, part in enumerate(step.plan.parts):
             running = self._running.get(part.sequence_id)
@@ -235,6 +233,22 @@ class Scheduler:
             else:
                 self._store_blocks(running)
         return done
+
+    @property
+    def awaits_rows(self) -> bool:
+        """Whether an answer waits for rows that come back: ask the ranks how far they are."""
+        return any(r.waits_for_rows(self.limits.step_target_s) for r in self._running.values())
+
+    def note_restoring(self, ranks: Sequence[Mapping[int, float]]) -> None:
+        """Take which share of their layers is there, on each rank, of what comes back."""
+        for running in self._running.values():
+            shares = [of_rank.get(running.sequence_id, 1.0) for of_rank in ranks]
+            running.restored_share = min(shares) if running.is_restoring else 0.0
+
+    def _ready(self, prefilling: list[Running]) -> list[Running]:
+        """Return those whose next chunk has not to wait for rows: a step waits for a short time."""
+        most_s = self.limits.step_target_s
+        return [running for running in prefilling if not running.waits_for_rows(most_s)]
 
     def _observe(self, step: Step, measured_s: float) -> None:
         if step.choice is None or any(each.is_restoring for each in self._running.values()):
@@ -324,7 +338,7 @@ class Scheduler:
             if running.stored is not None and not running.is_restoring:
                 self._begin_restore(running, riders)
         prefilling = [running for running in prefilling if running.sequence_id in self._running]
-        prefilling = _ready(prefilling, bool(rows))
+        prefilling = self._ready(prefilling)
         chunks: list[PrefillChunk] = []
         begun: list[Running] = []
         counts = self._sizes.chunks(prefilling, riders, others_wait=bool(self._waiting))
@@ -496,12 +510,6 @@ class Scheduler:
     def _take_ended(self) -> tuple[int, ...]:
         ended, self._ended = self._ended, ()
         return ended
-
-
-def _ready(prefilling: list[Running], others_are: bool) -> list[Running]:
-    """Return those whose next chunk has not to wait for rows; all, where nothing else is to do."""
-    ready = [running for running in prefilling if not running.waits_for_rows]
-    return ready if ready or others_are else prefilling
 
 
 def _algorithm(plan: Plan, choice: Choice | None) -> str:

@@ -230,6 +230,10 @@ class GPUWorker:
         """Return the share of the prefill under way that is done, 0 to 1."""
         return self._executor.progress
 
+    def restoring(self) -> dict[int, float]:
+        """Return how far restores are: of each sequence the share of layers that is there."""
+        return self._executor.restoring
+
     def ping(self) -> int:
         """Say that this rank is alive."""
         return self._spec.rank

@@ -1,6 +1,7 @@
 """A cluster without Ray: GPU workers as threads of one process, driven as the coordinator does."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -168,6 +169,10 @@ class ThreadCluster:
         while max_steps is None or len(done) < max_steps:
             step = self.scheduler.next_step()
             if self._ask_stores() and step is None:
+                continue
+            if step is None and self.scheduler.awaits_rows:
+                self.scheduler.note_restoring([worker.restoring() for worker in self.workers])
+                time.sleep(0.001)
                 continue
             if step is None:
                 break

@@ -49,6 +49,7 @@ from models.sampling import SamplingParams
 
 HOST = "host"
 PAGE_TOKENS = 256
+POLL_S = 0.002  # between two looks at what comes back
 PIECE_BYTES = 64 * 2**20
 SECRET = b"of a benchmark, which no one keeps"[:32]
 FLUSH_S = 120.0
@@ -305,6 +306,10 @@ class Rank:
         while True:
             step = self._scheduler.next_step()
             has_asked = await self._ask_store(choose, choices)
+            if step is None and self._scheduler.awaits_rows:
+                time.sleep(POLL_S)
+                self._scheduler.note_restoring([self._executor.restoring])
+                continue
             if step is None:
                 if has_asked:
                     continue

@@ -64,6 +64,9 @@ class _Cluster:
         for lookup in self.offload.take_lookups():
             self._answer(lookup)
         self.returned += self.offload.take_returned()
+        if step is None and self.scheduler.awaits_rows:
+            self.scheduler.note_restoring([self._shares()])
+            return True
         if step is None:
             return bool(self._late) or self.scheduler.num_waiting > 0
         self._check(step)
@@ -133,6 +136,9 @@ class _Cluster:
             self._under_way[order.sequence_id] = order.parts[-1].end
         for chunk in step.plan.chunks:
             assert sum(chunk.cached_rows) == chunk.start
+            running = self.scheduler._running[chunk.sequence_id]
+            target_s = self.scheduler.limits.step_target_s
+            assert not running.waits_for_rows(target_s), "others would wait for them too"
             restored_to = self._under_way.get(chunk.sequence_id)
             assert chunk.behind_restored == (restored_to == chunk.start)
             if restored_to is not None:
@@ -158,7 +164,7 @@ class _Cluster:
             else:
                 token_ids = (7,) * len(part.owners)
             sequences.append(SequenceResult(token_ids=token_ids, bad_from=bad_from))
-        shares = {each: float(self.rng.choice([0.0, 0.5, 1.0])) for each in self._under_way}
+        shares = self._shares()
         return [
             StepResult(
                 rank=rank,
@@ -170,6 +176,9 @@ class _Cluster:
             )
             for rank in range(self.scheduler.cache.num_ranks)
         ]
+
+    def _shares(self) -> dict[int, float]:
+        return {each: float(self.rng.choice([0.0, 0.5, 1.0])) for each in self._under_way}
 
     def _bad_from(self, sequence_id: int, first: int, end: int) -> int:
         """A position among those that came back, as ranks report it."""

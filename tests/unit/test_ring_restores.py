@@ -1,6 +1,7 @@
 """Whatever is loaded, projected or recomputed: tokens are those of a run that never offloaded."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from models.rates import Affine, Curve, model_shape
 from models.restore_rates import RestoreRates
 from models.sampling import SamplingParams
 from tests.checkpoints import write_checkpoint, write_llama_checkpoint
-from tests.faulty_links import CorruptingLink, DelayedLink, LosingLink, ReorderingLink
+from tests.faulty_links import (
+    CorruptingLink,
+    DelayedLink,
+    FaultyLink,
+    LosingLink,
+    ReorderingLink,
+)
 from tests.oracle import assert_greedy
 from tests.rates import FREE_RING
 from tests.thread_cluster import ThreadCluster
@@ -232,6 +239,50 @@ def test_a_link_held_to_a_rate_brings_the_same(checkpoint: Path) -> None:
     )
 
     assert generation.num_cached_tokens == (BLOCKS - 2) * BLOCK
+
+
+class _HeldLink(FaultyLink):
+    """Gives nothing before it is told to."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link)
+        self.may_go = threading.Event()
+
+    def _harm(self, ranges: Sequence[tuple[int, int]], patience_s: float) -> Iterator[memoryview]:
+        assert self.may_go.wait(30.0)
+        yield from super()._harm(ranges, patience_s)
+
+
+def test_others_do_not_wait_for_what_comes_back(checkpoint: Path) -> None:
+    """Over a slow link a restore takes longer than a step may: whoever comes goes on beside it."""
+    prompt = tokens(1, BLOCKS * BLOCK + 3)
+    with (
+        ThreadStores(checkpoint) as kv,
+        ThreadCluster(checkpoint, 2, stores=kv, shares=True, step_target_s=0.1) as ring,
+    ):
+        prompt += ring.generate(prompt, GREEDY_8) + tokens(2, 30)
+        ring.flush()
+        ring.cache.clear()
+        links = []
+        for worker in ring.workers:
+            assert worker._executor.store is not None
+            links.append(_HeldLink(worker._executor.store.link))
+            worker._executor.store.loader.link = links[-1]
+        ring.choose = lambda found: RestoreChoice(recompute_to=found.lookup.start, load_s=60.0)
+        restored = ring.add(prompt, GREEDY_8)
+        ring.run(1)
+        other = ring.add(tokens(3, 40), GREEDY_8)
+        while other.finish_reason is None:
+            assert ring.run(1)
+
+        assert restored.token_ids == []
+        for link in links:
+            link.may_go.set()
+        ring.run()
+        kv.check_all_returned()
+    assert restored.num_cached_tokens == BLOCKS * BLOCK
+    assert_greedy(checkpoint, prompt, restored.token_ids)
+    assert_greedy(checkpoint, tokens(3, 40), other.token_ids)
 
 
 def check_seed(checkpoint: Path, seed: int) -> None:
