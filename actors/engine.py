@@ -118,9 +118,7 @@ class Engine:
         """
         opened = self._requests.get(request_id)
         if opened is None:
-            raise UnknownRequest(
-                f"no request {request_id!r} waits or runs: it has ended, or never was"
-            )
+            raise _unknown(request_id)
         for answer in opened.answers:
             if self.scheduler.cancel(answer.generation, reason):
                 self._complete(answer)
@@ -133,18 +131,19 @@ class Engine:
             UnknownRequest: It is not waiting or running.
         """
         if request_id is not None and request_id not in self._requests:
-            raise UnknownRequest(
-                f"no request {request_id!r} waits or runs: it has ended, or never was"
-            )
+            raise _unknown(request_id)
         share = 0.0
         if self._under_way is not None and self._under_way.plan.chunks:
             share = await self._ranks.ask(0, "progress")
-        return [
+        told = [
             self._progress(opened, share)
             for opened in self._requests.values()
             if opened.request.request_id == request_id
             or (request_id is None and not opened.answers[0].generation.token_ids)
         ]
+        if request_id is not None and not told:  # it ended while rank 0 was asked
+            raise _unknown(request_id)
+        return told
 
     def status(self) -> dict[str, Any]:
         """Return counts and recent rates, for people and programs."""
@@ -360,3 +359,7 @@ class Engine:
     def _forget_old(self, now_s: float) -> None:
         while self._recent and self._recent[0][0] < now_s - RECENT_S:
             self._recent.popleft()
+
+
+def _unknown(request_id: str) -> UnknownRequest:
+    return UnknownRequest(f"no request {request_id!r} waits or runs: it has ended, or never was")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -336,7 +337,15 @@ def _wait_for_ranks(count: int, limit_s: float = 60.0) -> None:
 
 
 def _shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    """Return what is in shared memory, but for arenas of processes that live: other tests'."""
+    names = set(os.listdir("/dev/shm"))
+    living = {name for name in names if re.search(r"-(\d+)\.arena$", name) and _lives(name)}
+    return names - living
+
+
+def _lives(arena: str) -> bool:
+    pid = int(arena.removesuffix(".arena").rpartition("-")[2])
+    return psutil.pid_exists(pid)
 
 
 def _assert_nothing_left(shared_memory_before: set[str]) -> None:

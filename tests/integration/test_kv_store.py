@@ -232,7 +232,6 @@ def test_a_lost_store_costs_no_answer(shared_ray: None, llama: Path, kill: signa
         for output in outputs:
             assert_greedy(llama, prompt, output.outputs[0].token_ids)
 
-    assert len(arenas(pid)) == 1
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)  # a stopped one does not end when Ray asks it to
     with open_llm(llama, 1):
