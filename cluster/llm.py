@@ -107,17 +107,18 @@ class LLM:
             ClusterError: A rank was lost or a step failed.
         """
         single = isinstance(prompts, str | Mapping)
-        requests = [
-            self._request(prompt, sampling_params or SamplingParams())
-            for prompt in ([prompts] if single else prompts)
-        ]
+        listed: Sequence[Prompt] = [prompts] if single else list(prompts)  # type: ignore[arg-type]
+        requests = [self._request(each, sampling_params or SamplingParams()) for each in listed]
         references = [self._cluster.submit("generate", request) for request in requests]
         if use_tqdm:
             self._show_progress(references)
         try:
             outputs: list[RequestOutput] = self._cluster.results(references)
         except BaseException:
-            self._cancel_all(requests)  # nobody will see the others' answers
+            # Nobody will see the others' answers. An id that the caller gave may be that of
+            # another request: the very reason why this one was refused.
+            given = {each.get("request_id") for each in listed if isinstance(each, Mapping)}
+            self._cancel_all([each for each in requests if each.request_id not in given])
             raise
         return outputs
 

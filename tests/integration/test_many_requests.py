@@ -106,6 +106,19 @@ def test_cancel_ends_a_request_with_what_it_has(llm: LLM) -> None:
         llm.progress("mine")
 
 
+def test_an_id_that_is_under_way_is_refused_and_goes_on(llm: LLM) -> None:
+    """The refusal of the second must not end the first."""
+    stream = llm.stream({"prompt_token_ids": [5, 6], "request_id": "mine"}, LONG)
+    next(stream)
+    with pytest.raises(PromptError, match="'mine' is under way"):
+        llm.generate({"prompt_token_ids": [5, 6], "request_id": "mine"}, LONG)
+    next(stream)
+    assert llm.progress("mine")
+
+    llm.cancel("mine")
+    assert [delta.finish_reason for delta in stream][-1] == "abort"
+
+
 def test_deadline_ends_a_request_with_what_it_has(llm: LLM) -> None:
     output = llm.generate({"prompt_token_ids": [7, 8], "deadline_s": 0.5}, LONG)[0]
 
