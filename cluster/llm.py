@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -107,7 +107,7 @@ class LLM:
             ClusterError: A rank was lost or a step failed.
         """
         single = isinstance(prompts, str | Mapping)
-        listed: Sequence[Prompt] = [prompts] if single else list(prompts)  # type: ignore[arg-type]
+        listed = cast(Sequence[Prompt], [prompts] if single else prompts)
         requests = [self._request(each, sampling_params or SamplingParams()) for each in listed]
         references = [self._cluster.submit("generate", request) for request in requests]
         if use_tqdm:
