@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check campaign gpu clean
+.PHONY: demo test check campaign gpu proto clean
 
 demo: $(STAMP)  ## answer questions out of a long context that is sharded over two ranks
 	$(VENV)/bin/ringspan demo -cp 2 --context-tokens 16384
@@ -24,6 +24,11 @@ campaign: $(STAMP)  ## the tests that are too long for every day
 PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 gpu:  ## tests and measurements on CUDA, into benchmarks/results/; without CUDA, what it would do
 	$(PYTHON) -m benchmarks.gpu $(OPTIONS)
+
+# The version says which protobuf the result needs at least: see pyproject.toml.
+proto: $(STAMP)  ## what is generated from the gRPC service's definition
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt grpcio-tools==1.85.1
+	$(PY) -m grpc_tools.protoc -I . --python_out=. cluster/rpc/ringspan_v1.proto
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -45,7 +45,9 @@ class Answer:
         self._logprobs: list[TokenLogprobs] = []
         # By the position of a chunk: the chunk, and each rank's rows of it.
         self._prompt_logprobs: dict[int, tuple[PrefillChunk, list[TokenLogprobs | None]]] = {}
-        self._told = 0, 0  # tokens, and characters, that a stream has
+        # Tokens, and characters, that a stream has; those of a continued answer it has already.
+        self._told = len(generation.token_ids), 0 if text is None else len(text.safe_text(None))
+        self._told_logprobs = 0  # results' log-probabilities that it has
 
     def take(
         self,
@@ -57,7 +59,7 @@ class Answer:
         self.records.append(record)
         tokens = len(part.token_ids) if isinstance(part, PrefillChunk) else 0
         self._steps.append((time.perf_counter(), tokens))
-        if self.generation.token_ids:
+        if self.generation.made_tokens:
             self.first_token_s = self.first_token_s or time.perf_counter()
         if isinstance(part, PrefillChunk) and part.behind_restored:
             self._take_restored(record, part, results)
@@ -115,7 +117,7 @@ class Answer:
             )
         )
 
-    def delta(self, request_id: str, index: int) -> RequestDelta | None:
+    def delta(self, request_id: str, index: int, spell: Spell) -> RequestDelta | None:
         """Return what is new since the last call, or None where nothing is."""
         generation = self.generation
         told_tokens, told_text = self._told
@@ -132,7 +134,18 @@ class Answer:
             token_ids=tuple(tokens),
             finish_reason=generation.finish_reason,
             stop_reason=generation.stop_reason,
+            logprobs=self._new_logprobs(len(tokens), spell),
+            prompt_tokens=len(generation.prompt),
+            num_cached_tokens=generation.num_cached_tokens,
         )
+
+    def _new_logprobs(self, tokens: int, spell: Spell) -> tuple[Logprobs, ...] | None:
+        """Return those of the ``tokens`` new ones; none of what a stop text cut off."""
+        if not self._logprobs:
+            return None
+        new = self._logprobs[self._told_logprobs :]
+        self._told_logprobs = len(self._logprobs)
+        return tuple(read_logprobs(join_logprobs(new), spell)[:tokens]) if new else ()
 
     def complete(self) -> None:
         """Wake whoever waits for the answer."""
@@ -149,8 +162,10 @@ class Answer:
         generation = self.generation
         assert generation.finish_reason is not None
         # Those of tokens beyond a stop text are left out, as the tokens are.
+        made = generation.made_tokens
+        made_ids = generation.token_ids[len(generation.token_ids) - made :]
         logprobs = (
-            tuple(read_logprobs(join_logprobs(self._logprobs), spell)[: len(generation.token_ids)])
+            tuple(read_logprobs(join_logprobs(self._logprobs), spell)[:made])
             if self._logprobs
             else None
         )
@@ -166,7 +181,7 @@ class Answer:
                 if logprobs is None
                 else sum(
                     place[token_id].logprob
-                    for place, token_id in zip(logprobs, generation.token_ids, strict=True)
+                    for place, token_id in zip(logprobs, made_ids, strict=True)
                 )
             ),
         )

@@ -153,7 +153,7 @@ class Coordinator:
 
     async def status(self) -> dict[str, Any]:
         """Return what this cluster is and does, for people and programs."""
-        failure = self._ranks.failure
+        failure = self._engine.failure
         stores = None
         if self._stores is not None:
             stores = await self._stores.ask_all("stats", timeout_s=1.0)

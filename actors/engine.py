@@ -90,6 +90,11 @@ class Engine:
         self._failure: Exception | None = None  # that ended `run`
         self._recent: deque[tuple[float, StepRecord]] = deque()  # with the moment of its end
 
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the steps of this cluster, or None."""
+        return self._ranks.failure or self._failure
+
     async def generate(self, request: Request) -> RequestOutput:
         """Answer a request, beside others."""
         opened = self._open(request)
@@ -139,7 +144,7 @@ class Engine:
             self._progress(opened, share)
             for opened in self._requests.values()
             if opened.request.request_id == request_id
-            or (request_id is None and not opened.answers[0].generation.token_ids)
+            or (request_id is None and not opened.answers[0].generation.made_tokens)
         ]
         if request_id is not None and not told:  # it ended while rank 0 was asked
             raise _unknown(request_id)
@@ -191,9 +196,8 @@ class Engine:
                 return
 
     def _open(self, request: Request) -> OpenRequest:
-        failure = self._ranks.failure or self._failure
-        if failure is not None:
-            raise failure
+        if self.failure is not None:
+            raise self.failure
         if request.request_id in self._requests:
             raise PromptError(
                 f"request_id {request.request_id!r} is under way: give each request its own"
@@ -351,6 +355,7 @@ class Engine:
             request_id=opened.request.request_id,
             total_tokens=total,
             done_tokens=done,
+            cached_tokens=reused,
             elapsed_s=elapsed_s,
             tokens_per_s=(done - reused) / elapsed_s if elapsed_s else 0.0,
             left_s=left_s,

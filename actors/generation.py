@@ -1,11 +1,14 @@
 """One answer's tokens: what was sampled, and when it ends. No Ray, no tensors, no clock."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from actors.detokenizer import AnswerText
 from actors.draws import BadWords, make_draw
 from actors.kv.messages import StoredPrefix
 from actors.messages import FinishReason, TokenIds
+from models.errors import PromptError
 from models.sampling import SamplingParams
 
 
@@ -26,10 +29,16 @@ class Generation:
         bad_words: BadWords = (),
         text: AnswerText | None = None,
         wants_prompt_logprobs: bool = True,
+        answer_ids: Sequence[int] = (),
     ) -> None:
         """Take a prompt that fits; the answer is cut at ``max_model_len`` tokens in all.
 
-        ``text`` takes the answer's tokens, and ends it at a stop text.
+        ``text`` takes the answer's tokens, and ends it at a stop text. The answer goes
+        on behind ``answer_ids``, which an earlier generation made: what was preempted
+        comes back in the same way.
+
+        Raises:
+            PromptError: With ``answer_ids`` the answer is complete.
         """
         self.sequence_id = sequence_id
         self.prompt = prompt
@@ -46,6 +55,19 @@ class Generation:
         self._eos_ids = () if params.ignore_eos else eos_ids
         self._text = text
         self._text_has_stop_token = params.include_stop_str_in_output
+        self._given_tokens = len(answer_ids)
+        for count, token_id in enumerate(answer_ids, start=1):
+            self.advance((token_id,))
+            if self.finish_reason is not None:
+                raise PromptError(
+                    f"nothing may follow the {self._given_tokens} tokens of answer_ids: the answer"
+                    f" ends with the first {count} of them ({self.finish_reason})"
+                )
+
+    @property
+    def made_tokens(self) -> int:
+        """How many tokens were made here."""
+        return len(self.token_ids) - self._given_tokens
 
     @property
     def tokens_to_come(self) -> int:
@@ -54,7 +76,7 @@ class Generation:
 
     def take_restored(self, stored: StoredPrefix, tokens: int) -> None:
         """Note that so many tokens came back from the KV stores."""
-        if not self.token_ids:
+        if not self.made_tokens:
             self.num_cached_tokens += max(0, tokens)
         self.restored.append((stored, max(0, tokens)))
 

@@ -226,6 +226,9 @@ class Request:
     cache_salt: str = ""  # prompts of one salt share their prefixes' KV, of two never
     priority: int = 0  # a lower one goes first
     deadline_s: float | None = None  # from its arrival; then it ends with what it has
+    # The answer so far, made by an earlier call with the same seed: the answer goes on behind it,
+    # and a stream has only what is new. With n = 1, and without prompt_logprobs.
+    answer_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +238,7 @@ class Progress:
     request_id: str
     total_tokens: int
     done_tokens: int  # reused ones among them; never fewer than told before
+    cached_tokens: int  # reused, as far as is known
     elapsed_s: float  # since it began
     tokens_per_s: float  # computed
     left_s: float | None  # until the first token, by prices; None: not begun
@@ -261,8 +265,18 @@ class CompletionOutput:
     token_ids: tuple[int, ...]  # with the one that ended the answer
     finish_reason: FinishReason
     stop_reason: int | str | None = None  # the stop token or text; None for EOS and "length"
-    logprobs: tuple[Logprobs, ...] | None = None  # of each of token_ids, where asked for
-    cumulative_logprob: float | None = None  # of token_ids
+    # Of each of token_ids, where asked for; of a continued answer, of those that are new.
+    logprobs: tuple[Logprobs, ...] | None = None
+    cumulative_logprob: float | None = None  # of the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestMetrics:
+    """Times of one request, in seconds from its arrival at the coordinator."""
+
+    queue_s: float
+    ttft_s: float
+    total_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,15 +289,10 @@ class RequestDelta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None  # set in an answer's last delta
     stop_reason: int | str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestMetrics:
-    """Times of one request, in seconds from its arrival at the coordinator."""
-
-    queue_s: float
-    ttft_s: float
-    total_s: float
+    logprobs: tuple[Logprobs, ...] | None = None  # of each of token_ids, where asked for
+    prompt_tokens: int = 0  # of the request
+    num_cached_tokens: int = 0  # of the prompt of this answer, found on the ranks or restored
+    metrics: RequestMetrics | None = None  # set in the request's last delta
 
 
 @dataclass(frozen=True, kw_only=True)

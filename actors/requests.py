@@ -1,6 +1,7 @@
 """From a request to the answers that are to be made of it, and from these to what a caller gets."""
 
 import asyncio
+import dataclasses
 import functools
 import itertools
 import secrets
@@ -10,6 +11,7 @@ from actors.answer import Answer, joint_records, joint_restored
 from actors.detokenizer import AnswerText, Detokenizer
 from actors.draws import BadWords, bad_word_ids, check_params
 from actors.generation import Generation
+from actors.logprobs import Spell
 from actors.messages import (
     Request,
     RequestDelta,
@@ -20,6 +22,7 @@ from actors.messages import (
 from actors.prompt import prompt_ids
 from models.config import ModelConfig
 from models.draw import answer_seed
+from models.errors import PromptError, SamplingError
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 
@@ -27,11 +30,15 @@ from models.tokenizer import Tokenizer
 class OpenRequest:
     """A request under way. Lives in the coordinator's event loop."""
 
-    def __init__(self, request: Request, prompt: TokenIds, answers: list[Answer]) -> None:
-        """Take its answers, none of which has begun."""
+    def __init__(
+        self, request: Request, prompt: TokenIds, answers: list[Answer], spell: Spell
+    ) -> None:
+        """Take its answers, none of which has begun, and what spells a token."""
         self.request = request
         self.prompt = prompt
         self.answers = answers
+        self._spell = spell
+        self._to_end = len(answers)  # that a stream has not heard the end of
         self.arrival_s = time.perf_counter()
         self.is_streamed = False
         self.furthest = 0  # prompt tokens told to be computed: progress never goes back
@@ -41,9 +48,14 @@ class OpenRequest:
         """Let a stream have what is new of an answer."""
         if not self.is_streamed:
             return
-        delta = answer.delta(self.request.request_id, self.answers.index(answer))
-        if delta is not None:
-            self.news.put_nowait(delta)
+        index = self.answers.index(answer)
+        delta = answer.delta(self.request.request_id, index, self._spell)
+        if delta is None:
+            return
+        self._to_end -= delta.finish_reason is not None
+        if not self._to_end:
+            delta = dataclasses.replace(delta, metrics=self.metrics())
+        self.news.put_nowait(delta)
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits that there will be no answer."""
@@ -91,12 +103,13 @@ class RequestReader:
         prompt = prompt_ids(request, self._tokenizer, self._model.vocab_size, self._max_model_len)
         params = request.params
         bad_words = self._read_params(params)
+        self._check_answer_ids(request)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         answers = [
             self._answer(request, prompt, bad_words, answer_seed(seed, index), index)
             for index in range(params.n)
         ]
-        return OpenRequest(request, prompt, answers)
+        return OpenRequest(request, prompt, answers, self._spell)
 
     def output(self, opened: OpenRequest) -> RequestOutput:
         """Return what a complete request has come to."""
@@ -113,6 +126,22 @@ class RequestReader:
             prompt_logprobs=answers[0].prompt_logprobs(len(opened.prompt), spell),
             restored=joint_restored(answers),
         )
+
+    def _check_answer_ids(self, request: Request) -> None:
+        if request.answer_ids and request.params.n != 1:
+            raise SamplingError(
+                f"n must be 1 where an answer is continued, got {request.params.n}: continue each"
+                " answer by a request of its own"
+            )
+        if request.answer_ids and request.params.prompt_logprobs is not None:
+            raise SamplingError("prompt_logprobs must be left out where an answer is continued")
+        vocab_size = self._model.vocab_size
+        wrong = [token_id for token_id in request.answer_ids if not 0 <= token_id < vocab_size]
+        if wrong:
+            raise PromptError(
+                f"token id {wrong[0]} of answer_ids is outside the vocabulary of"
+                f" {vocab_size} tokens"
+            )
 
     def _read_params(self, params: SamplingParams) -> BadWords:
         check_params(
@@ -141,6 +170,7 @@ class RequestReader:
             bad_words=bad_words,
             text=text,
             wants_prompt_logprobs=index == 0,
+            answer_ids=request.answer_ids,
         )
         return Answer(generation, text)
 

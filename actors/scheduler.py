@@ -158,7 +158,7 @@ class Scheduler:
         for running in self._running.values():
             if running.generation is generation:
                 return min(total, running.computed), total
-        return (total if generation.token_ids else 0), total
+        return (total if generation.made_tokens else 0), total
 
     def next_step(self) -> Step | None:
         """Return what all ranks do next, or None where nothing is left to do."""
@@ -324,7 +324,7 @@ class Scheduler:
         sequence_id = next(self._later_ids) if entry.has_begun else generation.sequence_id
         self.cache.begin(sequence_id, generation.cache_salt, place.match, place.final_rows)
         if not entry.has_begun:
-            generation.num_cached_tokens = place.match.tokens
+            generation.num_cached_tokens = min(place.match.tokens, len(generation.prompt))
         entry.has_begun = True
         entry.was_looked_up = False  # it is again where it has to make way
         running = Running(entry, sequence_id, context, place.home, place.match.tokens)

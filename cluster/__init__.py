@@ -1,4 +1,4 @@
-"""What a user touches: the `LLM` handle and its parameters, results and errors."""
+"""What a user touches: the handles `LLM` and `Client`, their parameters, results and errors."""
 
 from actors.errors import (
     ClusterError,
@@ -21,7 +21,9 @@ from actors.messages import (
     StepRecord,
 )
 from actors.trace import Trace
+from cluster.client import Client
 from cluster.llm import LLM
+from cluster.rpc.errors import LimitExceeded, ServerUnavailable, Unauthenticated
 from configs import ConfigError
 from models.errors import CheckpointError, PromptError, RingspanError, SamplingError
 from models.sampling import SamplingParams
@@ -29,9 +31,11 @@ from models.sampling import SamplingParams
 __all__ = [
     "LLM",
     "CheckpointError",
+    "Client",
     "ClusterError",
     "CompletionOutput",
     "ConfigError",
+    "LimitExceeded",
     "Logprob",
     "PlacementError",
     "Progress",
@@ -45,10 +49,12 @@ __all__ = [
     "RingspanError",
     "SamplingError",
     "SamplingParams",
+    "ServerUnavailable",
     "StepFailed",
     "StepRecord",
     "StoreNotFound",
     "Trace",
     "TraceError",
+    "Unauthenticated",
     "UnknownRequest",
 ]

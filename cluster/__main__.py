@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from cluster import bench, check, demo, generate, kv, trace
+from cluster import bench, check, demo, generate, kv, serve, trace
 from configs import ConfigError
 from models.errors import RingspanError
 
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="ringspan", description="Exact inference over contexts sharded on a ring.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
+    serve.add_command(commands)
     trace.add_command(commands)
     kv.add_command(commands)
     check.add_command(commands)

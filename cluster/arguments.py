@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.llm import Prompt
+from cluster.prompt import Prompt
 from models.errors import PromptError, SamplingError
 from models.sampling import SamplingParams
 

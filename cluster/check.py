@@ -23,7 +23,8 @@ import numpy as np
 from actors.messages import CompletionOutput, RequestOutput
 from cluster.arguments import add_cluster_flags, cluster_options
 from cluster.check_loss import Loss, as_json, describe, measure_loss, text_prompt
-from cluster.llm import LLM, Prompt
+from cluster.llm import LLM
+from cluster.prompt import Prompt
 from configs import load
 from models.config import read_model_config
 from models.errors import PromptError

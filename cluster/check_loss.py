@@ -13,7 +13,8 @@ from typing import Any
 
 from actors.kv.keys import exactness_class
 from actors.messages import Logprobs
-from cluster.llm import LLM, Prompt
+from cluster.llm import LLM
+from cluster.prompt import Prompt
 from models.errors import PromptError
 from models.sampling import SamplingParams
 

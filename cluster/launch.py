@@ -7,7 +7,8 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from actors.cluster_info import ClusterInfo
 from actors.errors import ClusterError, RayUnreachable
 from actors.remote import create_coordinator
-from configs import Config
+from configs import Config, load
+from models.config import check_max_model_len, read_model_config
 from models.errors import RingspanError
 
 MiB = 2**20
@@ -123,6 +125,26 @@ def _own_errors() -> Iterator[None]:
         ) from error
     except RayActorError:
         raise ClusterError("the coordinator died: start the cluster again") from None
+
+
+def read_config(
+    model: str | Path,
+    config_file: Path | None,
+    overrides: Sequence[str],
+    options: Mapping[str, Any],
+) -> Config:
+    """Return a cluster's configuration, with its checkpoint looked at before any process starts.
+
+    Raises:
+        ConfigError: A key or a value that does not exist.
+        CheckpointError: The checkpoint cannot be served.
+    """
+    values = {"model": str(Path(model).expanduser().resolve()), **options}
+    config: Config = load(config_file, values, overrides)
+    # Where the checkpoint lies on the cluster's machines only, the ranks say what is wrong.
+    if Path(config.model).exists() or not config.ray.address:
+        check_max_model_len(read_model_config(Path(config.model)), config.max_model_len)
+    return config
 
 
 def connect_ray(address: str | None) -> bool:

@@ -1,45 +1,24 @@
 """`LLM`: a model on a ring of ranks, as a Python object."""
 
 import contextlib
-import functools
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-import numpy as np
 import ray
 
 from actors.errors import ClusterError, UnknownRequest
 from actors.messages import Progress, Request, RequestDelta, RequestOutput
 from actors.trace import Trace
-from cluster.launch import RunningCluster
+from cluster.launch import RunningCluster, read_config
 from cluster.progress import PrefillBar
-from configs import Config, load
-from models.config import check_max_model_len, read_model_config
-from models.errors import PromptError
+from cluster.prompt import Prompt, make_request
+from configs import Config
 from models.sampling import SamplingParams
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 POLL_S = 0.2  # how often a progress bar moves
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-# What a prompt mapping may have beside the prompt: a check, and what is expected.
-OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "cache_salt": (_is_name, "a text of at least one character, the name of a tenant"),
-    "request_id": (_is_name, "a text of at least one character"),
-    "priority": (lambda value: type(value) is int, "an integer, lower ones go first"),
-    "deadline_s": (
-        lambda value: type(value) in (int, float) and 0 < value < math.inf,
-        "a number of seconds greater than 0",
-    ),
-}
 
 
 class LLM:
@@ -70,13 +49,7 @@ class LLM:
             CheckpointError: The checkpoint cannot be served.
             ClusterError: Ray cannot be reached, or the ranks cannot be placed.
         """
-        values = {"model": str(Path(model).expanduser().resolve()), **options}
-        self.config: Config = load(config_file, values, overrides)
-        # Say what is wrong with a checkpoint here before any process starts; where it lies on
-        # the cluster's machines only, the ranks say it.
-        if Path(self.config.model).exists() or not self.config.ray.address:
-            model_config = read_model_config(Path(self.config.model))
-            check_max_model_len(model_config, self.config.max_model_len)
+        self.config: Config = read_config(model, config_file, overrides, options)
         self._numbers = itertools.count()
         self._cluster = RunningCluster(self.config)
         self.info = self._cluster.info
@@ -250,15 +223,7 @@ class LLM:
         self._cluster.close()
 
     def _request(self, prompt: Any, params: SamplingParams) -> Request:
-        request_id = f"request-{next(self._numbers)}"
-        if isinstance(prompt, str):
-            return Request(request_id=request_id, text=prompt, params=params)
-        if isinstance(prompt, Mapping):
-            return _request_from_mapping(request_id, prompt, params)
-        raise PromptError(
-            "a prompt must be a text or a mapping with prompt, prompt_token_ids or messages, got"
-            f" {type(prompt).__name__}"
-        )
+        return make_request(f"request-{next(self._numbers)}", prompt, params)
 
     def _show_progress(self, references: list[Any]) -> None:
         """Show how prefills go on until all answers are there."""
@@ -276,32 +241,3 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _request_from_mapping(
-    request_id: str, prompt: Mapping[str, Any], params: SamplingParams
-) -> Request:
-    forms = {"prompt", "prompt_token_ids", "messages"}
-    given = prompt.keys() - OPTIONS.keys()
-    if len(given) != 1 or not given <= forms:
-        raise PromptError(
-            f"a prompt mapping needs exactly one of {', '.join(sorted(forms))}, got"
-            f" {', '.join(map(str, prompt)) or 'none'}"
-        )
-    options: dict[str, Any] = {"request_id": request_id}
-    for name in OPTIONS.keys() & prompt.keys():
-        is_right, expected = OPTIONS[name]
-        if not is_right(prompt[name]):
-            raise PromptError(f"{name} must be {expected}, got {prompt[name]!r}")
-        options[name] = prompt[name]
-    ask = functools.partial(Request, params=params, **options)
-    if "prompt" in prompt:
-        return ask(text=str(prompt["prompt"]))
-    if "messages" in prompt:
-        return ask(messages=tuple(dict(message) for message in prompt["messages"]))
-    token_ids = np.asarray(prompt["prompt_token_ids"])
-    if token_ids.size and (token_ids.ndim != 1 or token_ids.dtype.kind not in "iu"):
-        raise PromptError("prompt_token_ids must be a flat list of integers")
-    # Out-of-range ids must not wrap into the vocabulary.
-    token_ids = token_ids.astype(np.int64).clip(-1, 2**31 - 1).astype(np.int32)
-    return ask(token_ids=token_ids)

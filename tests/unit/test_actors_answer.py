@@ -18,7 +18,8 @@ from actors.kv.messages import (
     Tier,
 )
 from actors.kv.pieces import PieceId
-from actors.messages import PrefillChunk, Restored, SequenceResult, StepRecord
+from actors.messages import DecodeRow, PrefillChunk, Restored, SequenceResult, StepRecord
+from models.logprobs import TokenLogprobs
 from models.sampling import SamplingParams
 
 PARTS: list[tuple[int, int, Tier]] = [(0, 64, "host"), (64, 128, "disk"), (128, 192, "disk")]
@@ -140,3 +141,76 @@ def test_restores_of_several_answers_are_added() -> None:
 
     assert (told.tokens, told.tokens_by_tier) == (256, {"host": 128, "disk": 128})
     assert told.copy_s == pytest.approx(2 * 0.0093)
+
+
+def test_deltas_tell_each_log_probability_once() -> None:
+    """A stream tells what the whole answer does, and nothing of tokens beyond its end."""
+
+    async def deltas() -> None:
+        generation = Generation(
+            sequence_id=1,
+            prompt=np.arange(4, dtype=np.int32),
+            params=SamplingParams(max_tokens=3, logprobs=1, stop_token_ids=[9]),
+            seed=0,
+            eos_ids=(),
+            max_model_len=100,
+        )
+        generation.num_cached_tokens = 2
+        answer = Answer(generation, None)
+        told = []
+        for tokens in ((5, 6), (9, 7)):
+            generation.advance(tokens)
+            result = SequenceResult(token_ids=tokens, logprobs=rows(tokens))
+            answer.take(decode_record(), decode_row(generation), [result])
+            told.append(answer.delta("request", 0, str))
+
+        whole = answer.completion(0, str)
+        assert [each.token_ids for each in told if each] == [(5, 6), (9,)]
+        assert whole.logprobs is not None
+        assert [p for each in told if each for p in each.logprobs or ()] == list(whole.logprobs)
+        assert [list(place) for place in whole.logprobs] == [[5, 0], [6, 0], [9, 0]]
+        assert {(each.prompt_tokens, each.num_cached_tokens) for each in told if each} == {(4, 2)}
+
+    asyncio.run(deltas())
+
+
+def rows(tokens: tuple[int, ...]) -> TokenLogprobs:
+    """Return log-probabilities of tokens, with token 0 as the likeliest beside each."""
+    count = len(tokens)
+    return TokenLogprobs(
+        token_ids_TL=np.array([[token, 0] for token in tokens], dtype=np.int32),
+        logprobs_TL=np.array([[-1.0 - token, -0.5] for token in tokens], dtype=np.float32),
+        ranks_T=np.full(count, 2, dtype=np.int32),
+    )
+
+
+def decode_row(generation: Generation) -> DecodeRow:
+    return DecodeRow(
+        sequence_id=1,
+        token_id=None,
+        position=4,
+        index=0,
+        owners=(0,),
+        home=0,
+        sampling_rank=0,
+        draw=generation.draw,
+    )
+
+
+def decode_record() -> StepRecord:
+    return StepRecord(
+        number=1,
+        phase="decode",
+        sequence_ids=(1,),
+        prefill_tokens=0,
+        decode_tokens=2,
+        cached_tokens=4,
+        algorithm="pass_q",
+        num_ranks=1,
+        predicted_s=None,
+        prices_s={},
+        plan_s=0.0,
+        wall_s=0.1,
+        ranks_wall_s=(0.1,),
+        ranks_parts_s=({},),
+    )

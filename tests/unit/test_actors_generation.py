@@ -14,6 +14,7 @@ from actors.detokenizer import AnswerText, Detokenizer
 from actors.generation import Generation
 from actors.messages import Plan
 from attention import Zigzag
+from models.errors import PromptError
 from models.sampling import SamplingParams
 from tests.fake_ranks import make_scheduler, run_all
 
@@ -278,3 +279,61 @@ def test_owners_do_not_depend_on_the_bursts(burst_steps: int, other: int) -> Non
     )
 
     assert owners(first) == owners(second)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(4, 30), min_size=1, max_size=40),
+    st.sampled_from([(), ("7,8,",), ("11,", "9,1")]),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_an_answer_goes_on_from_any_token(
+    tokens: list[int], stop: tuple[str, ...], min_tokens: int, include: bool
+) -> None:
+    """A client sends what it has received; end and text are those of an answer without a break."""
+
+    def begin(answer_ids: Sequence[int]) -> tuple[Generation, AnswerText]:
+        text = AnswerText(
+            Detokenizer(spell), stop=stop, include_stop=include, min_tokens=min_tokens
+        )
+        generation = make_generation(
+            max_tokens=len(tokens),
+            min_tokens=min_tokens if min_tokens <= len(tokens) else 0,
+            stop=stop,
+            text=text,
+            answer_ids=answer_ids,
+        )
+        return generation, text
+
+    whole, whole_text = begin(())
+    run = make_scheduler()
+    run.add(whole)
+    run_all(run, lambda _, index: tokens[index])
+    for broken_at in range(len(whole.token_ids)):
+        generation, text = begin(tokens[:broken_at])
+        assert generation.made_tokens == 0
+        scheduler = make_scheduler()
+        scheduler.add(generation)
+        plans = run_all(scheduler, lambda _, index: tokens[index])
+        assert plans[0].chunks[0].answer_tokens == broken_at
+        assert generation.token_ids == whole.token_ids
+        assert generation.made_tokens == len(whole.token_ids) - broken_at
+        assert (generation.finish_reason, generation.stop_reason, text.text) == (
+            whole.finish_reason,
+            whole.stop_reason,
+            whole_text.text,
+        )
+    with pytest.raises(PromptError, match="answer_ids"):
+        begin(whole.token_ids)
+
+
+def test_progress_of_a_continued_answer_is_that_of_its_prompt() -> None:
+    """Its tokens so far are no sign that the prompt is computed."""
+    generation = make_generation(answer_ids=(OTHER,) * 5)
+    scheduler = make_scheduler()
+    scheduler.add(generation)
+    assert scheduler.progress(generation) == (0, 10)
+    run_all(scheduler, lambda _, index: OTHER)
+    assert scheduler.progress(generation) == (10, 10)
+    assert len(generation.token_ids) == 40

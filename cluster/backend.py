@@ -1,0 +1,143 @@
+"""What servers need of a cluster, for an event loop: HTTP and gRPC sit on the same few calls."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from actors.errors import ClusterError, UnknownRequest
+from actors.messages import Progress, Request, RequestDelta, RequestOutput
+from cluster.launch import RunningCluster
+from models.errors import RingspanError
+
+ASK_S = 10.0  # for the coordinator to answer what needs no step
+# A request that is left may still be on its way to the coordinator: it is looked for so often.
+CANCEL_TRIES = 20
+CANCEL_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a server checks requests against before they reach the cluster."""
+
+    max_model_len: int  # tokens of prompt and answer
+    has_tokenizer: bool
+
+
+class Backend(Protocol):
+    """A cluster as its servers see it. Every call may raise a `RingspanError`."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the model takes."""
+        ...
+
+    async def generate(self, request: Request) -> RequestOutput:
+        """Answer a request; whoever stops to wait cancels it."""
+        ...
+
+    def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
+        """Answer a request piece by piece; whoever closes the iterator early cancels it."""
+        ...
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request with what it has; `UnknownRequest` where it is not under way."""
+        ...
+
+    async def progress(self, request_id: str) -> Progress:
+        """Return how far a prefill has come; `UnknownRequest` where it is not under way."""
+        ...
+
+    async def status(self) -> dict[str, Any]:
+        """Return what the cluster is and does."""
+        ...
+
+
+class ClusterBackend:
+    """A `RunningCluster` as a backend. Lives in one event loop."""
+
+    def __init__(self, cluster: RunningCluster) -> None:
+        """Take a cluster that is up; its owner closes it."""
+        self._cluster = cluster
+        self._tasks: set[asyncio.Task[None]] = set()  # cancellations under way
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the model takes."""
+        info = self._cluster.info
+        return ModelFacts(max_model_len=info.max_model_len, has_tokenizer=info.has_tokenizer)
+
+    async def generate(self, request: Request) -> RequestOutput:
+        """Answer a request; whoever stops to wait cancels it."""
+        answered = False
+        try:
+            output: RequestOutput = await self._cluster.result_async(
+                self._cluster.submit("generate", request)
+            )
+            answered = True
+        except RingspanError:
+            answered = True
+            raise
+        finally:
+            if not answered:
+                self._leave(request.request_id)
+        return output
+
+    async def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
+        """Answer a request piece by piece; whoever closes the iterator early cancels it."""
+        references = self._cluster.submit("stream", request)
+        ended = False
+        try:
+            async for reference in references:
+                yield await self._cluster.result_async(reference)
+            ended = True
+        except RingspanError:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                self._leave(request.request_id)
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request with what it has; `UnknownRequest` where it is not under way."""
+        await self._ask("cancel", request_id)
+
+    async def progress(self, request_id: str) -> Progress:
+        """Return how far a prefill has come; `UnknownRequest` where it is not under way."""
+        told: list[Progress] = await self._ask("progress", request_id)
+        return told[0]
+
+    async def status(self) -> dict[str, Any]:
+        """Return what the cluster is and does."""
+        status: dict[str, Any] = await self._ask("status")
+        return status
+
+    async def close(self) -> None:
+        """Wait for cancellations under way: nobody is left to read those answers."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        try:
+            async with asyncio.timeout(ASK_S):
+                return await self._cluster.result_async(self._cluster.submit(method, *args))
+        except TimeoutError:
+            raise ClusterError(f"the coordinator gave no answer within {ASK_S:g} s") from None
+
+    def _leave(self, request_id: str) -> None:
+        """Cancel a request behind whoever left it: they may be cancelled themselves."""
+        self._spawn(self._cancel_left(request_id))
+
+    async def _cancel_left(self, request_id: str) -> None:
+        with contextlib.suppress(ClusterError):
+            for _ in range(CANCEL_TRIES):
+                with contextlib.suppress(UnknownRequest):
+                    await self.cancel(request_id)
+                    return
+                await asyncio.sleep(CANCEL_PAUSE_S)
+
+    def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,158 @@
+"""From a body that was read to the response: what completions and chats have in common."""
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from actors import messages
+from cluster.backend import Backend
+from cluster.http.answers import Answers, Whole
+from cluster.http.errors import ApiError, invalid, json_response
+from cluster.http.limits import Gate
+from cluster.http.metrics import Metrics
+from cluster.http.protocol import Asked, Usage
+from cluster.http.settings import Settings
+from cluster.http.sse import Chunks, EventStream, events, unless_gone
+from cluster.http.tenants import Tenants
+from models.errors import PromptError
+from models.sampling import SamplingParams
+
+GONE = 499  # nginx's: the client went, nobody reads this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What every chunk of an answer begins with."""
+
+    id: str
+    created: int  # Unix time, s
+    model: str
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as fields of a body."""
+        return {"id": self.id, "created": self.created, "model": self.model}
+
+
+class Kind(Chunks, Protocol):
+    """One kind of answer, whole and in chunks."""
+
+    def whole(self, wholes: Sequence[Whole], usage: Usage) -> BaseModel:
+        """Return the body of all answers."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """What answers requests: a cluster, and what this server allows."""
+
+    backend: Backend
+    settings: Settings
+    gate: Gate
+    tenants: Tenants
+    metrics: Metrics
+
+    def head(self, prefix: str, asked: Asked) -> Head:
+        """Return an answer's head, under the name that the model was asked by.
+
+        Raises:
+            ApiError: 404, there is no model of this name.
+        """
+        names = self.settings.names
+        if asked.model is not None and asked.model not in names:
+            raise ApiError(
+                404,
+                f"there is no model {asked.model!r} here: it is served as {', '.join(names)}",
+                code="model_not_found",
+                param="model",
+            )
+        return Head(
+            id=f"{prefix}-{secrets.token_hex(16)}",
+            created=int(time.time()),
+            model=asked.model or names[0],
+        )
+
+    def salt(self, request: Request, asked: Asked) -> str:
+        """Return the tenant that a request is of.
+
+        Raises:
+            ApiError: 400, it names one although its key is one.
+        """
+        if not self.tenants.need_key:
+            return asked.cache_salt or ""
+        if asked.cache_salt is not None:
+            raise invalid("cache_salt is the API key's own here: leave it out", "cache_salt")
+        salt: str = request.state.salt
+        return salt
+
+    def requests(
+        self, prompts: Sequence[Mapping[str, Any]], params: SamplingParams, head: Head, salt: str
+    ) -> list[messages.Request]:
+        """Return one request for each prompt.
+
+        Raises:
+            ApiError: 400, more answers are asked for than one call may.
+        """
+        answers = len(prompts) * params.n
+        if answers > self.settings.max_answers:
+            raise invalid(
+                f"{len(prompts)} prompts with n {params.n} are {answers} answers, but at most"
+                f" {self.settings.max_answers} are given at once",
+                "n",
+            )
+        return [
+            messages.Request(
+                request_id=f"{head.id}-{index}", params=params, cache_salt=salt, **prompt
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def token_ids(self, ids: Sequence[int]) -> messages.TokenIds:
+        """Return a prompt's ids as the cluster takes them; too many are refused here already."""
+        if len(ids) >= self.backend.facts.max_model_len:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, but max_model_len is"
+                f" {self.backend.facts.max_model_len} with at least one token of answer: shorten"
+                " the prompt"
+            )
+        return np.asarray(ids, dtype=np.int32)
+
+    async def answer(
+        self, request: Request, asked: Asked, requests: Sequence[messages.Request], kind: Kind
+    ) -> Response:
+        """Return all answers, whole or as a stream."""
+        answers = Answers(self.backend, requests, self.gate, self.metrics)
+        try:
+            if not asked.stream:
+                wholes = await unless_gone(answers.collect(), request.receive)
+                await answers.close()
+                if wholes is None:
+                    return Response(status_code=GONE)
+                return json_response(kind.whole(wholes, answers.usage).model_dump())
+            await answers.begin(self.settings.first_wait_s)
+        except BaseException:
+            await answers.close()
+            raise
+        options = asked.stream_options
+        return EventStream(
+            events(
+                answers,
+                kind,
+                self.settings,
+                include_usage=options is not None and options.include_usage,
+                return_progress=asked.return_progress,
+            ),
+            self.settings.send_timeout_s,
+            answers.close,
+        )
+
+
+def spelled(token_id: int, logprob: messages.Logprob) -> str:
+    """Return a token's text, or its id where the checkpoint has no tokenizer."""
+    return f"token_id:{token_id}" if logprob.decoded_token is None else logprob.decoded_token
