@@ -86,11 +86,9 @@ class RestorePlanner:
             recompute_to=recompute_to,
             takes_activations=frozenset() if loads_all else projected_blocks(plan, task),
             predicted_s=plan.alternatives_s[loading] if loads_all else plan.predicted_s,
-            load_s=sum(
-                segment.ways[0].seconds["link"] * segment.tokens
-                for segment in segments
-                if segment.start >= recompute_to
-            ),
+            load_s=sum(each.ways[0].seconds["link"] * each.tokens for each in segments)
+            if loads_all
+            else plan.busy_s["link"],
             alternatives_s=dict(plan.alternatives_s),
             link_bytes_per_s=rules.link_bytes_per_s,
         )

@@ -21,9 +21,10 @@ from actors.messages import (
     StepRecord,
 )
 from actors.trace import Trace
+from cluster.api_keys import Unauthenticated
 from cluster.client import Client
 from cluster.llm import LLM
-from cluster.rpc.errors import LimitExceeded, ServerUnavailable, Unauthenticated
+from cluster.rpc.errors import LimitExceeded, ServerUnavailable
 from configs import ConfigError
 from models.errors import CheckpointError, PromptError, RingspanError, SamplingError
 from models.sampling import SamplingParams

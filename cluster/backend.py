@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.errors import ClusterError, UnknownRequest
-from actors.messages import Progress, Request, RequestDelta, RequestOutput
+from actors.messages import Progress, Request, RequestDelta
 from cluster.launch import RunningCluster
 from models.errors import RingspanError
 
@@ -33,10 +33,6 @@ class Backend(Protocol):
         """What the model takes."""
         ...
 
-    async def generate(self, request: Request) -> RequestOutput:
-        """Answer a request; whoever stops to wait cancels it."""
-        ...
-
     def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
         """Answer a request piece by piece; whoever closes the iterator early cancels it."""
         ...
@@ -45,8 +41,8 @@ class Backend(Protocol):
         """End a request with what it has; `UnknownRequest` where it is not under way."""
         ...
 
-    async def progress(self, request_id: str) -> Progress:
-        """Return how far a prefill has come; `UnknownRequest` where it is not under way."""
+    async def progress(self, request_id: str | None) -> list[Progress]:
+        """Return how far one prefill has come, or all; `UnknownRequest` where it is none."""
         ...
 
     async def status(self) -> dict[str, Any]:
@@ -68,45 +64,31 @@ class ClusterBackend:
         info = self._cluster.info
         return ModelFacts(max_model_len=info.max_model_len, has_tokenizer=info.has_tokenizer)
 
-    async def generate(self, request: Request) -> RequestOutput:
-        """Answer a request; whoever stops to wait cancels it."""
-        answered = False
-        try:
-            output: RequestOutput = await self._cluster.result_async(
-                self._cluster.submit("generate", request)
-            )
-            answered = True
-        except RingspanError:
-            answered = True
-            raise
-        finally:
-            if not answered:
-                self._leave(request.request_id)
-        return output
-
     async def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
         """Answer a request piece by piece; whoever closes the iterator early cancels it."""
         references = self._cluster.submit("stream", request)
-        ended = False
+        has_begun = ended = False
         try:
             async for reference in references:
-                yield await self._cluster.result_async(reference)
+                delta = await self._cluster.result_async(reference)
+                has_begun = True
+                yield delta
             ended = True
         except RingspanError:
             ended = True
             raise
         finally:
             if not ended:
-                self._leave(request.request_id)
+                self._leave(request.request_id, 1 if has_begun else CANCEL_TRIES)
 
     async def cancel(self, request_id: str) -> None:
         """End a request with what it has; `UnknownRequest` where it is not under way."""
         await self._ask("cancel", request_id)
 
-    async def progress(self, request_id: str) -> Progress:
-        """Return how far a prefill has come; `UnknownRequest` where it is not under way."""
+    async def progress(self, request_id: str | None) -> list[Progress]:
+        """Return how far one prefill has come, or all; `UnknownRequest` where it is none."""
         told: list[Progress] = await self._ask("progress", request_id)
-        return told[0]
+        return told
 
     async def status(self) -> dict[str, Any]:
         """Return what the cluster is and does."""
@@ -125,13 +107,13 @@ class ClusterBackend:
         except TimeoutError:
             raise ClusterError(f"the coordinator gave no answer within {ASK_S:g} s") from None
 
-    def _leave(self, request_id: str) -> None:
+    def _leave(self, request_id: str, tries: int) -> None:
         """Cancel a request behind whoever left it: they may be cancelled themselves."""
-        self._spawn(self._cancel_left(request_id))
+        self._spawn(self._cancel_left(request_id, tries))
 
-    async def _cancel_left(self, request_id: str) -> None:
+    async def _cancel_left(self, request_id: str, tries: int) -> None:
         with contextlib.suppress(ClusterError):
-            for _ in range(CANCEL_TRIES):
+            for _ in range(tries):
                 with contextlib.suppress(UnknownRequest):
                     await self.cancel(request_id)
                     return

@@ -25,7 +25,6 @@ from cluster.http.app import build_app
 from cluster.http.limits import Gate
 from cluster.http.settings import Settings
 from cluster.launch import RunningCluster, read_config
-from cluster.rpc.backend import ClusterBackend as RpcBackend
 from cluster.rpc.server import RpcServer
 from configs import Config, ConfigError
 
@@ -140,7 +139,7 @@ def _serve(
             host, port = listener.getsockname()[:2]
             where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             rpc = RpcServer(
-                RpcBackend(cluster),
+                backend,
                 host=options.host,
                 port=options.grpc_port,
                 api_keys=settings.api_keys,

@@ -11,7 +11,6 @@ from actors.messages import (
     Request,
     RequestDelta,
     RequestMetrics,
-    RequestOutput,
 )
 from cluster.backend import ModelFacts
 from models.errors import PromptError
@@ -40,9 +39,6 @@ class FakeBackend:
         self.hold.set()
         self.told: dict[str, Any] = dict(STATUS)
 
-    async def generate(self, request: Request) -> RequestOutput:
-        raise NotImplementedError("servers stream")
-
     async def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
         self.requests.append(request)
         if self.error is not None and self.break_after is None:
@@ -69,9 +65,9 @@ class FakeBackend:
     async def cancel(self, request_id: str) -> None:
         raise UnknownRequest(request_id)
 
-    async def progress(self, request_id: str) -> Progress:
-        return Progress(
-            request_id=request_id,
+    async def progress(self, request_id: str | None) -> list[Progress]:
+        told = Progress(
+            request_id=request_id or "",
             total_tokens=10,
             done_tokens=4,
             cached_tokens=2,
@@ -79,6 +75,7 @@ class FakeBackend:
             tokens_per_s=2.0,
             left_s=3.0,
         )
+        return [told]
 
     async def status(self) -> dict[str, Any]:
         if self.error is not None:

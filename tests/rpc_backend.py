@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from actors.errors import UnknownRequest
 from actors.messages import FinishReason, Progress, Request, RequestDelta
+from cluster.backend import ModelFacts
 from cluster.rpc.limits import RpcLimits
 from cluster.rpc.server import RpcServer
 from models.draw import answer_seed
@@ -37,6 +38,7 @@ class FakeBackend:
         self.asked: list[Request] = []
         self.running: dict[str, Request] = {}
         self.error: Exception | None = None  # raised instead of an answer
+        self.facts = ModelFacts(max_model_len=10**7, has_tokenizer=True)
         self.failure: str | None = None
         self.hold_at: int | None = None  # answers wait before this token until they are cancelled
         self._cancelled: dict[str, asyncio.Event] = {}

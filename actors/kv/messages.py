@@ -100,8 +100,6 @@ class RestoreChoice:
     load_s: float = 0.0  # of it, what the links are busy
     # Of other ways: load, activations, ids.
     alternatives_s: dict[str, float] = field(default_factory=dict)
-    link_idle: float | None = None  # share of predicted_s
-    device_idle: float | None = None
     link_bytes_per_s: float | None = None  # of a link that is slowed down to this
 
 

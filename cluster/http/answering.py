@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from actors import messages
+from cluster.api_keys import ApiKeys
 from cluster.backend import Backend
 from cluster.http.answers import Answers, Whole
 from cluster.http.errors import ApiError, invalid, json_response
@@ -20,7 +21,6 @@ from cluster.http.metrics import Metrics
 from cluster.http.protocol import Asked, Usage
 from cluster.http.settings import Settings
 from cluster.http.sse import Chunks, EventStream, events, unless_gone
-from cluster.http.tenants import Tenants
 from models.errors import PromptError
 from models.sampling import SamplingParams
 
@@ -55,7 +55,7 @@ class Server:
     backend: Backend
     settings: Settings
     gate: Gate
-    tenants: Tenants
+    keys: ApiKeys
     metrics: Metrics
 
     def head(self, prefix: str, asked: Asked) -> Head:
@@ -84,7 +84,7 @@ class Server:
         Raises:
             ApiError: 400, it names one although its key is one.
         """
-        if not self.tenants.need_key:
+        if not self.keys.are_needed:
             return asked.cache_salt or ""
         if asked.cache_salt is not None:
             raise invalid("cache_salt is the API key's own here: leave it out", "cache_salt")

@@ -129,7 +129,7 @@ class Answers:
     async def progress(self) -> Progress | None:
         """Return how far the first prompt is, or None where nobody knows."""
         with contextlib.suppress(RingspanError):
-            return await self._backend.progress(self._requests[0].request_id)
+            return (await self._backend.progress(self._requests[0].request_id))[0]
         return None
 
     async def close(self) -> None:

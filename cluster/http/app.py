@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from cluster.api_keys import ApiKeys
 from cluster.backend import Backend
 from cluster.http.answering import Server
 from cluster.http.chat import chat
@@ -25,7 +26,6 @@ from cluster.http.protocol import (
     ModelList,
 )
 from cluster.http.settings import Settings
-from cluster.http.tenants import Tenants
 from models.errors import RingspanError
 
 STATUS_AGE_S = 1.0  # probes and dashboards share an answer of the coordinator for so long
@@ -59,9 +59,9 @@ def build_app(backend: Backend, settings: Settings) -> FastAPI:
     """Return the app; ``app.state.gate`` ends it (see `cluster.http.limits.Gate`)."""
     app = FastAPI(title="Ringspan", docs_url=None, redoc_url=None)
     gate = Gate(settings.max_requests, settings.retry_after_s)
-    tenants = Tenants(settings.api_keys)
+    keys = ApiKeys(settings.api_keys)
     metrics = Metrics(settings.names[0])
-    server = Server(backend=backend, settings=settings, gate=gate, tenants=tenants, metrics=metrics)
+    server = Server(backend=backend, settings=settings, gate=gate, keys=keys, metrics=metrics)
     watch = StatusWatch(backend)
     created = int(time.time())
     app.state.gate = gate
@@ -69,7 +69,7 @@ def build_app(backend: Backend, settings: Settings) -> FastAPI:
     app.add_middleware(
         FrontDoor,
         gate=gate,
-        tenants=tenants,
+        keys=keys,
         max_body_bytes=settings.body_limit_bytes(backend.facts.max_model_len),
         body_timeout_s=settings.body_timeout_s,
     )

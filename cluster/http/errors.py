@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from actors.errors import ClusterError, QueueFull, RankLost
+from cluster.api_keys import Unauthenticated
 from models.errors import PromptError, SamplingError
 
 logger = logging.getLogger("ringspan.http")
@@ -94,6 +95,8 @@ def as_api_error(error: BaseException, retry_after_s: int) -> ApiError:
     """Return what a client is told of an error."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Unauthenticated):
+        return ApiError(401, str(error), code="invalid_api_key")
     if isinstance(error, PromptError):
         return ApiError(400, str(error), code="invalid_prompt")
     if isinstance(error, SamplingError):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.api_keys import ApiKeys
 from cluster.http.errors import ApiError, as_api_error
-from cluster.http.tenants import Tenants
 
 # What tells no prompt and no answer: probes and dashboards have no key.
 OPEN_PATHS = frozenset({"/health", "/metrics", "/openapi.json"})
@@ -94,14 +94,14 @@ class FrontDoor:
         app: ASGIApp,
         *,
         gate: Gate,
-        tenants: Tenants,
+        keys: ApiKeys,
         max_body_bytes: int,
         body_timeout_s: float,
     ) -> None:
         """Wrap an app."""
         self._app = app
         self._gate = gate
-        self._tenants = tenants
+        self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
 
@@ -128,7 +128,7 @@ class FrontDoor:
         headers = dict(scope["headers"])
         with contextlib.ExitStack() as stack:
             if scope["path"] not in OPEN_PATHS:
-                salt = self._tenants.salt(headers.get(b"authorization"))
+                salt = self._keys.tenant(headers.get(b"authorization"))
                 scope.setdefault("state", {})["salt"] = salt
                 if scope["method"] != "GET":
                     stack.enter_context(self._gate.admit())

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import grpc
 
 from actors.errors import ClusterError, QueueFull, RankLost, StepFailed, UnknownRequest
+from cluster.api_keys import Unauthenticated
 from models.errors import PromptError, RingspanError, SamplingError
 
 LOG = logging.getLogger(__name__)
@@ -24,10 +25,6 @@ SENTENCE_CHARACTERS = 500
 
 class LimitExceeded(PromptError):
     """A request is larger than this server takes."""
-
-
-class Unauthenticated(RingspanError):
-    """The server wants an API key, and this is none of its keys."""
 
 
 class ServerUnavailable(ClusterError):

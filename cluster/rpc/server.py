@@ -11,9 +11,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from actors.errors import ClusterError
+from cluster.api_keys import ApiKeys
+from cluster.backend import Backend
 from cluster.rpc import ringspan_v1_pb2 as pb
-from cluster.rpc.api_keys import ApiKeys
-from cluster.rpc.backend import Backend
 from cluster.rpc.errors import status_of
 from cluster.rpc.limits import RpcLimits, server_options
 from cluster.rpc.service import Context, InferenceService

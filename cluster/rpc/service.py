@@ -16,9 +16,9 @@ import grpc
 
 from actors.errors import ClusterError, QueueFull, UnknownRequest
 from actors.messages import Progress, Request, RequestDelta
+from cluster.api_keys import ApiKeys, cache_salt
+from cluster.backend import Backend
 from cluster.rpc import ringspan_v1_pb2 as pb
-from cluster.rpc.api_keys import NO_TENANT, ApiKeys
-from cluster.rpc.backend import Backend
 from cluster.rpc.errors import LimitExceeded, ServerUnavailable
 from cluster.rpc.limits import RpcLimits
 from cluster.rpc.upload import RequestReader
@@ -72,7 +72,7 @@ class InferenceService:
             request = replace(
                 asked,
                 request_id=stream.backend_id,
-                cache_salt=_salt(tenant, asked.cache_salt),
+                cache_salt=cache_salt(tenant, asked.cache_salt),
             )
             try:
                 started = pb.Started(request_id=asked.request_id)
@@ -239,11 +239,6 @@ class InferenceService:
                 await asyncio.sleep(FREE_PAUSE_S)
             except RingspanError:
                 return  # there is no cluster left that works on it
-
-
-def _salt(tenant: str, salt: str) -> str:
-    """Return the salt of a prefix; a key's holder reaches no other key's, whatever it sends."""
-    return salt if tenant == NO_TENANT else f"{tenant}/{salt}"
 
 
 def _checked(message: Message | None) -> Message:

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.messages import Request
 from cluster import LLM, Client, PromptError, SamplingError, SamplingParams, UnknownRequest
-from cluster.rpc.backend import ClusterBackend
+from cluster.backend import ClusterBackend
 from cluster.rpc.server import RpcServer
 from models.needle_text import make_demo, question
 from tests.rpc_backend import WAIT_S, ServerThread, serve

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from actors.errors import ClusterError, QueueFull, RankLost, StepFailed, UnknownRequest
 from actors.messages import Request, RequestDelta
+from cluster.api_keys import ApiKeys, Unauthenticated
 from cluster.rpc import ringspan_v1_pb2 as pb
-from cluster.rpc.api_keys import ApiKeys
 from cluster.rpc.errors import (
     LimitExceeded,
     ServerUnavailable,
-    Unauthenticated,
     error_of,
     is_broken,
     retry_s,

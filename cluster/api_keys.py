@@ -1,12 +1,16 @@
-"""API keys: who may call, and which tenant a caller is."""
+"""API keys: who may call, and which tenant a caller is, over HTTP and gRPC alike."""
 
 import hashlib
 import hmac
 from collections.abc import Sequence
 
-from cluster.rpc.errors import Unauthenticated
+from models.errors import RingspanError
 
 NO_TENANT = ""  # where no keys are asked for
+
+
+class Unauthenticated(RingspanError):
+    """The server wants an API key, and this is none of its keys."""
 
 
 class ApiKeys:
@@ -16,7 +20,12 @@ class ApiKeys:
         """Without keys everybody may call."""
         self._tenants = [(_digest(key.encode()), _tenant(key)) for key in keys]
 
-    def tenant(self, authorization: str | None) -> str:
+    @property
+    def are_needed(self) -> bool:
+        """Whether a call must bring a key."""
+        return bool(self._tenants)
+
+    def tenant(self, authorization: str | bytes | None) -> str:
         """Return the tenant of a call whose header ``authorization`` is ``Bearer KEY``.
 
         All keys are compared, each in constant time: how long it takes tells nothing.
@@ -24,14 +33,20 @@ class ApiKeys:
         Raises:
             Unauthenticated: Keys are asked for, and this is none.
         """
-        if not self._tenants:
+        if not self.are_needed:
             return NO_TENANT
-        kind, _, key = (authorization or "").partition(" ")
-        given = _digest(key.strip().encode())
+        header = authorization.encode() if isinstance(authorization, str) else authorization or b""
+        kind, _, key = header.partition(b" ")
+        given = _digest(key.strip())
         found = [tenant for digest, tenant in self._tenants if hmac.compare_digest(digest, given)]
-        if kind.lower() != "bearer" or not found:
-            raise Unauthenticated("this server wants an API key: authorization: Bearer KEY")
+        if kind.lower() != b"bearer" or not found:
+            raise Unauthenticated("this server needs an API key: send Authorization: Bearer KEY")
         return found[0]
+
+
+def cache_salt(tenant: str, asked: str | None) -> str:
+    """Return the salt of a prefix; a key's holder reaches no other key's, whatever it sends."""
+    return "/".join(filter(None, (tenant, asked)))
 
 
 def _digest(text: bytes) -> bytes:
