@@ -114,6 +114,9 @@ class Engine:
                 if isinstance(news, Exception):
                     raise news
                 to_end -= news.finish_reason is not None
+                if request.reports:
+                    # In a thread, as of `generate`.
+                    news = await asyncio.to_thread(self._reader.with_reports, opened, news)
                 yield news
         finally:
             # Ray ends this call with the task that made it, before anybody there can cancel.
