@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -72,14 +73,14 @@ class Client:
     ) -> list[RequestOutput]:
         """Answer prompts together; the answers come in the prompts' order. See `LLM.generate`.
 
-        An output has the client's own times, and no steps.
+        Times are the client's own; where a stream broke, steps are those of the tries that ended.
 
         Raises:
             RingspanError: As `LLM.generate`; `Unauthenticated` and `ServerUnavailable` besides.
         """
         single = isinstance(prompts, str | Mapping)
         listed = cast(Sequence[Prompt], [prompts] if single else prompts)
-        asked = [self._request(prompt, sampling_params) for prompt in listed]
+        asked = [self._request(prompt, sampling_params, reports=True) for prompt in listed]
         stop = threading.Event()
         with ThreadPoolExecutor(min(MAX_PARALLEL, max(1, len(asked)))) as threads:
             futures = [threads.submit(self._complete, request, stop) for request in asked]
@@ -99,7 +100,7 @@ class Client:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> RequestOutput:
         """Answer one prompt without blocking the event loop; raises as `generate`."""
-        request = self._request(prompt, sampling_params)
+        request = self._request(prompt, sampling_params, reports=True)
         async for _ in self._astream(request):
             pass
         return request.output()
@@ -157,6 +158,22 @@ class Client:
         status: dict[str, Any] = json.loads(told.json)
         return status
 
+    async def acancel(self, request_id: str) -> None:
+        """End a request without blocking the event loop; see `cancel`."""
+        await self._ask_async("Cancel", pb.CancelRequest(request_id=request_id), pb.CancelResponse)
+
+    async def aprogress(self, request_id: str | None = None) -> list[Progress]:
+        """Return how far prefills have come without blocking the event loop; see `progress`."""
+        asked = pb.ProgressRequest(request_id=request_id or "")
+        told = await self._ask_async("Progress", asked, pb.ProgressResponse)
+        return [read_progress(each) for each in told.requests]
+
+    async def astatus(self) -> dict[str, Any]:
+        """Return what the cluster is and does without blocking the event loop."""
+        told = await self._ask_async("Status", pb.StatusRequest(), pb.StatusResponse)
+        status: dict[str, Any] = json.loads(told.json)
+        return status
+
     async def aclose(self) -> None:
         """End the connection of this event loop; its next asynchronous call makes a new one."""
         channel = self._async_channels.pop(asyncio.get_running_loop(), None)
@@ -169,10 +186,14 @@ class Client:
         self._channel.close()
         self._async_channels.clear()
 
-    def _request(self, prompt: Any, params: SamplingParams | None) -> ResumableRequest:
+    def _request(
+        self, prompt: Any, params: SamplingParams | None, *, reports: bool = False
+    ) -> ResumableRequest:
         self._check_open()
         request_id = f"request-{secrets.token_hex(8)}"
         request = make_request(request_id, prompt, params or SamplingParams())
+        if reports:
+            request = replace(request, reports=True)
         return ResumableRequest(request, self._target)
 
     def _check_open(self) -> None:
@@ -248,6 +269,14 @@ class Client:
         call = self._channel.unary_unary(f"{SERVICE}{method}", *_coders(kind))
         try:
             return call(message, timeout=ANSWER_S, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, self._target) from None
+
+    async def _ask_async(self, method: str, message: Any, kind: Any) -> Any:
+        self._check_open()
+        call = self._async_channel().unary_unary(f"{SERVICE}{method}", *_coders(kind))
+        try:
+            return await call(message, timeout=ANSWER_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, self._target) from None
 

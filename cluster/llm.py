@@ -1,8 +1,9 @@
 """`LLM`: a model on a ring of ranks, as a Python object."""
 
+import asyncio
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -12,6 +13,7 @@ import ray
 from actors.errors import ClusterError, UnknownRequest
 from actors.messages import Progress, Request, RequestDelta, RequestOutput
 from actors.trace import Trace
+from cluster.backend import ClusterBackend
 from cluster.launch import RunningCluster, read_config
 from cluster.progress import PrefillBar
 from cluster.prompt import Prompt, make_request
@@ -100,9 +102,13 @@ class LLM:
     ) -> RequestOutput:
         """Answer one prompt without blocking the event loop; raises as `generate`."""
         request = self._request(prompt, sampling_params or SamplingParams())
-        output: RequestOutput = await self._cluster.result_async(
-            self._cluster.submit("generate", request)
-        )
+        reference = self._cluster.submit("generate", request)
+        try:
+            output: RequestOutput = await self._cluster.result_async(reference)
+        except asyncio.CancelledError:
+            with contextlib.suppress(ClusterError):
+                self._cluster.submit("cancel", request.request_id)
+            raise
         return output
 
     def stream(
@@ -124,6 +130,18 @@ class LLM:
             if not ended:
                 with contextlib.suppress(ClusterError):
                     self.cancel(request.request_id)
+
+    async def astream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestDelta]:
+        """Answer one prompt piece by piece without blocking the event loop; see `stream`."""
+        request = self._request(prompt, sampling_params or SamplingParams())
+        backend = ClusterBackend(self._cluster)
+        try:
+            async for delta in backend.stream(request):
+                yield delta
+        finally:
+            await backend.close()
 
     def cancel(self, request_id: str) -> None:
         """End a request within the step that it is in; its call returns what it has.

@@ -37,7 +37,7 @@ def make_request(request_id: str, prompt: Any, params: SamplingParams) -> Reques
         PromptError: The prompt is of no form there is.
     """
     if isinstance(prompt, str):
-        return Request(request_id=request_id, text=prompt, params=params)
+        prompt = {"prompt": prompt}
     if isinstance(prompt, Mapping):
         return _request_from_mapping(request_id, prompt, params)
     raise PromptError(
@@ -62,7 +62,9 @@ def _request_from_mapping(
         if not is_right(prompt[name]):
             raise PromptError(f"{name} must be {expected}, got {prompt[name]!r}")
         options[name] = prompt[name]
-    ask = functools.partial(Request, params=params, **options)
+    # A stream has no other place for them.
+    reports = params.prompt_logprobs is not None
+    ask = functools.partial(Request, params=params, reports=reports, **options)
     if "prompt" in prompt:
         return ask(text=str(prompt["prompt"]))
     if "messages" in prompt:

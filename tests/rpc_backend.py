@@ -7,8 +7,22 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
+
 from actors.errors import UnknownRequest
-from actors.messages import FinishReason, Progress, Request, RequestDelta
+from actors.messages import (
+    FinishReason,
+    Logprob,
+    Logprobs,
+    Progress,
+    PromptReport,
+    Request,
+    RequestDelta,
+    RequestMetrics,
+    Restored,
+    StepRecord,
+    StepReport,
+)
 from cluster.backend import ModelFacts
 from cluster.rpc.limits import RpcLimits
 from cluster.rpc.server import RpcServer
@@ -27,6 +41,52 @@ def next_token(request: Request, seed: int, token_ids: list[int]) -> int:
         prompt = request.token_ids.tobytes().hex()
     digest = hashlib.blake2b(repr((prompt, seed, token_ids)).encode(), digest_size=2)
     return int.from_bytes(digest.digest(), "little") % 500
+
+
+PROMPT_TOKENS, CACHED_TOKENS = 9, 4
+METRICS = RequestMetrics(queue_s=0.25, ttft_s=0.5, total_s=1.0)
+STEP = StepRecord(
+    number=7,
+    phase="mixed",
+    sequence_ids=(3, 4),
+    prefill_tokens=5,
+    decode_tokens=1,
+    cached_tokens=2,
+    algorithm="pass_kv",
+    num_ranks=2,
+    predicted_s=None,
+    prices_s={"pass_kv": 0.5, "pass_q": 0.75},
+    plan_s=0.125,
+    wall_s=0.25,
+    ranks_wall_s=(0.25, 0.125),
+    ranks_parts_s=({"gemm": 0.125}, {}),
+)
+RESTORED = Restored(
+    tokens=4, tokens_by_tier={"host": 4}, find_s=0.5, stage_s=0.0, copy_s=0.25, predicted_s=1.5
+)
+
+
+def place(token_id: int, count: int) -> Logprobs:
+    """Return what is told of one token: itself, and as many others."""
+    ids = [token_id, *(token_id + 1 + index for index in range(count))]
+    return {
+        each: Logprob(
+            logprob=-each / 8, rank=index + 1, decoded_token=f"{each}" if each % 2 else None
+        )
+        for index, each in enumerate(ids)
+    }
+
+
+def prompt_report(request: Request) -> PromptReport:
+    """Return what is told of a request's prompt; a text's ids are made up."""
+    ids = (
+        np.arange(PROMPT_TOKENS, dtype=np.int32) if request.token_ids is None else request.token_ids
+    )
+    count = request.params.prompt_logprobs
+    if count is None:
+        return PromptReport(token_ids=ids, logprobs=None)
+    places = (place(int(each), count) for each in ids[1:])
+    return PromptReport(token_ids=ids, logprobs=(None, *places))
 
 
 class FakeBackend:
@@ -52,6 +112,7 @@ class FakeBackend:
         self.running[request_id] = request
         cancelled = self._cancelled[request_id] = asyncio.Event()
         most = min(params.max_tokens, MOST_TOKENS)
+        prompt_is_told = False
         for index in range(params.n):
             seed = answer_seed(params.seed or 0, index)
             tokens = list(request.answer_ids)
@@ -67,14 +128,31 @@ class FakeBackend:
                     new = (next_token(request, seed, tokens),)
                     tokens += new
                     reason = "length" if len(tokens) >= most else None
-                if index == params.n - 1 and reason:
+                is_last = index == params.n - 1 and reason is not None
+                if is_last:
                     self.running.pop(request_id, None)
+                prompt = None
+                if request.reports and not prompt_is_told:
+                    prompt_is_told = True
+                    prompt = prompt_report(request)
                 yield RequestDelta(
                     request_id=request_id,
                     index=index,
                     text="".join(f"{token_id}," for token_id in new),
                     token_ids=new,
                     finish_reason=reason,
+                    logprobs=(
+                        None
+                        if params.logprobs is None
+                        else tuple(place(each, params.logprobs) for each in new)
+                    ),
+                    prompt_tokens=PROMPT_TOKENS,
+                    num_cached_tokens=CACHED_TOKENS,
+                    metrics=METRICS if is_last else None,
+                    prompt=prompt,
+                    report=StepReport(steps=(STEP,), restored=RESTORED)
+                    if is_last and request.reports
+                    else None,
                 )
 
     async def cancel(self, request_id: str) -> None:

@@ -6,6 +6,8 @@ MiB = 2**20
 KEEPALIVE_S = 10.0  # a silent connection is asked so often whether it lives
 KEEPALIVE_TIMEOUT_S = 5.0  # and is over where it does not answer
 MAX_MESSAGE_BYTES = 4 * MiB  # gRPC's own default
+# Of what a server tells: a burst of tokens may come with log-probabilities of a whole vocabulary.
+MAX_ANSWER_BYTES = 64 * MiB
 MAX_METADATA_BYTES = 16 * 1024
 
 Options = list[tuple[str, int]]
@@ -31,10 +33,10 @@ class RpcLimits:
                 raise ValueError(f"{name} must be > 0, got {value}")
 
 
-def _common(max_message_bytes: int) -> Options:
+def _common(max_receive_bytes: int, max_send_bytes: int) -> Options:
     return [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_receive_bytes),
+        ("grpc.max_send_message_length", max_send_bytes),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
@@ -44,7 +46,7 @@ def _common(max_message_bytes: int) -> Options:
 def server_options(limits: RpcLimits) -> Options:
     """Return the settings of a server; a peer that vanishes without a word is noticed."""
     return [
-        *_common(limits.max_message_bytes),
+        *_common(limits.max_message_bytes, MAX_ANSWER_BYTES),
         # Clients may ask as often as ours do.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -55,4 +57,4 @@ def server_options(limits: RpcLimits) -> Options:
 
 def client_options() -> Options:
     """Return the settings of a client; it retries by itself, with what it has received."""
-    return [*_common(MAX_MESSAGE_BYTES), ("grpc.enable_retries", 0)]
+    return [*_common(MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES), ("grpc.enable_retries", 0)]

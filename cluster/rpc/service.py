@@ -21,6 +21,7 @@ from cluster.backend import Backend
 from cluster.rpc import ringspan_v1_pb2 as pb
 from cluster.rpc.errors import LimitExceeded, ServerUnavailable
 from cluster.rpc.limits import RpcLimits
+from cluster.rpc.reports import write_reports
 from cluster.rpc.upload import RequestReader
 from cluster.rpc.wire import write_delta, write_progress
 from models.errors import PromptError, RingspanError
@@ -186,6 +187,8 @@ class InferenceService:
                 first_s = first_s or time.perf_counter()
                 tokens += len(delta.token_ids)
                 to_end -= delta.finish_reason is not None
+                for report in write_reports(delta, with_ids=request.token_ids is None):
+                    await context.write(report)
                 await context.write(pb.GenerateResponse(delta=write_delta(delta)))
         finally:
             if to_end:

@@ -36,6 +36,7 @@ def write_request(request: Request, attempt: int = 0) -> list[pb.GenerateRequest
             priority=request.priority,
             deadline_s=request.deadline_s,
             attempt=attempt,
+            reports=request.reports,
         )
         pieces = [*_prompt_pieces(request)] + [
             pb.GenerateRequest(answer_ids=ids) for ids in _id_pieces(request.answer_ids)
@@ -179,25 +180,26 @@ class RequestReader:
             text="".join(self._texts) if self._form == "text" else None,
             token_ids=np.concatenate(self._ids) if self._form == "token_ids" else None,
             messages=self._messages() if self._form == "chat" else None,
-            params=self._params(options.sampling),
+            params=self._params(options),
             cache_salt=options.cache_salt,
             priority=options.priority,
             deadline_s=deadline_s,
             answer_ids=tuple(self._answer_ids),
+            reports=options.reports,
         )
         return request, options.attempt
 
     def _messages(self) -> tuple[dict[str, Any], ...]:
         return tuple({"role": role, "content": "".join(texts)} for role, texts in self._chat)
 
-    def _params(self, message: pb.SamplingParams) -> SamplingParams:
+    def _params(self, options: pb.GenerateOptions) -> SamplingParams:
+        message = options.sampling
         for name in ("stop", "bad_words", "stop_token_ids"):
             if len(getattr(message, name)) > self._limits.max_words:
                 raise SamplingError(f"{name} may have at most {self._limits.max_words} entries")
         params = read_params(message)
         if params.n > self._limits.max_answers:
             raise SamplingError(f"n must be at most {self._limits.max_answers}, got {params.n}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(params, name) is not None:
-                raise SamplingError(f"{name} must be left out: a stream does not tell them")
+        if params.prompt_logprobs is not None and not options.reports:
+            raise SamplingError("prompt_logprobs are told in reports: set reports in the options")
         return params

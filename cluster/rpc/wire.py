@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any, get_args
 
-from actors.messages import FinishReason, Progress, RequestDelta
+from actors.messages import FinishReason, Progress, RequestDelta, RequestMetrics
 from cluster.rpc import ringspan_v1_pb2 as pb
+from cluster.rpc.reports import read_place, write_place
 from models.errors import SamplingError
 from models.sampling import SamplingParams
 
@@ -57,7 +58,16 @@ def read_params(message: pb.SamplingParams) -> SamplingParams:
 
 def write_delta(delta: RequestDelta) -> pb.Delta:
     """Return the message of a delta; which request it is of, the stream says."""
-    message = pb.Delta(index=delta.index, text=delta.text, token_ids=delta.token_ids)
+    message = pb.Delta(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[write_place(place) for place in delta.logprobs or ()],
+        prompt_tokens=delta.prompt_tokens,
+        cached_tokens=delta.num_cached_tokens,
+    )
+    if delta.metrics is not None:
+        message.metrics.CopyFrom(pb.Metrics(**vars(delta.metrics)))
     if delta.finish_reason is not None:
         message.finish_reason = _FINISH[delta.finish_reason]
     if isinstance(delta.stop_reason, int):
@@ -67,8 +77,10 @@ def write_delta(delta: RequestDelta) -> pb.Delta:
     return message
 
 
-def read_delta(message: pb.Delta, request_id: str) -> RequestDelta:
-    """Return the delta that a message is."""
+def read_delta(message: pb.Delta, request_id: str, *, with_logprobs: bool) -> RequestDelta:
+    """Return the delta that a message is; its log-probabilities where they were asked for."""
+    metrics = message.metrics
+    logprobs = tuple(read_place(place) for place in message.logprobs) if with_logprobs else None
     stopped_by = message.WhichOneof("stop_reason")
     return RequestDelta(
         request_id=request_id,
@@ -77,6 +89,14 @@ def read_delta(message: pb.Delta, request_id: str) -> RequestDelta:
         token_ids=tuple(message.token_ids),
         finish_reason=_REASONS.get(int(message.finish_reason)),
         stop_reason=None if stopped_by is None else getattr(message, stopped_by),
+        logprobs=logprobs,
+        prompt_tokens=message.prompt_tokens,
+        num_cached_tokens=message.cached_tokens,
+        metrics=(
+            RequestMetrics(queue_s=metrics.queue_s, ttft_s=metrics.ttft_s, total_s=metrics.total_s)
+            if message.HasField("metrics")
+            else None
+        ),
     )
 
 

@@ -1,5 +1,6 @@
 """gRPC and `Client` before a real cluster: the tokens are those of `LLM`, breaks or none."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,6 +69,45 @@ def test_tokens_are_those_of_the_handle(llm: LLM, client: Client, params: Sampli
         mine = [delta for delta in deltas if delta.index == each.index]
         assert sum((delta.token_ids for delta in mine), ()) == each.token_ids
         assert "".join(delta.text for delta in mine) == each.text
+
+
+def test_what_is_told_beside_the_answers_is_that_of_the_handle(llm: LLM, client: Client) -> None:
+    """Log-probabilities, the prompt's ids and its own, cached tokens, and every step."""
+    params = replace(SAMPLED, n=2, logprobs=2, prompt_logprobs=1)
+    # Salts of their own: both are computed anew, in the same steps.
+    wanted = llm.generate({"prompt": PROMPT, "cache_salt": "handle"}, params)[0]
+    got = client.generate({"prompt": PROMPT, "cache_salt": "client"}, params)[0]
+    streamed = list(client.stream({"prompt": PROMPT, "cache_salt": "stream"}, params))
+    again = client.generate({"prompt": PROMPT, "cache_salt": "client"}, GREEDY)[0]
+
+    assert got.outputs == wanted.outputs
+    assert got.prompt_token_ids == wanted.prompt_token_ids
+    assert got.prompt_logprobs == wanted.prompt_logprobs
+    shape = [(step.phase, step.prefill_tokens, step.decode_tokens) for step in wanted.steps]
+    assert [(step.phase, step.prefill_tokens, step.decode_tokens) for step in got.steps] == shape
+    assert got.explain().count("step ") == len(shape)
+    [prompt] = [delta.prompt for delta in streamed if delta.prompt is not None]
+    assert prompt.logprobs == wanted.prompt_logprobs
+    assert streamed[-1].metrics is not None
+    assert again.num_cached_tokens > 0
+
+
+def test_one_event_loop_has_the_same_calls(llm: LLM, client: Client) -> None:
+    """Without blocking it."""
+    wanted = llm.generate(PROMPT, GREEDY)[0].outputs[0].token_ids
+
+    async def test() -> None:
+        for handle in (llm, client):
+            deltas = [delta async for delta in handle.astream(PROMPT, GREEDY)]
+            assert sum((delta.token_ids for delta in deltas), ()) == wanted
+            assert (await handle.agenerate(PROMPT, GREEDY)).outputs[0].token_ids == wanted
+        assert (await client.astatus())["failure"] is None
+        assert await client.aprogress() == []
+        with pytest.raises(UnknownRequest):
+            await client.acancel("never was")
+        await client.aclose()
+
+    asyncio.run(test())
 
 
 def test_errors_are_those_of_the_handle(client: Client) -> None:

@@ -1,6 +1,7 @@
 """Requests, deltas and errors come out of gRPC messages as they went in."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import grpc
@@ -10,8 +11,9 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from actors.errors import ClusterError, QueueFull, RankLost, StepFailed, UnknownRequest
-from actors.messages import Request, RequestDelta
+from actors.messages import Request, RequestDelta, StepReport
 from cluster.api_keys import ApiKeys, Unauthenticated
+from cluster.rpc import reports
 from cluster.rpc import ringspan_v1_pb2 as pb
 from cluster.rpc.errors import (
     LimitExceeded,
@@ -26,6 +28,7 @@ from cluster.rpc.upload import RequestReader, write_request
 from cluster.rpc.wire import read_delta, read_params, write_delta, write_params
 from models.errors import PromptError, RingspanError, SamplingError
 from models.sampling import SamplingParams
+from tests.rpc_backend import METRICS, RESTORED, STEP, place, prompt_report
 
 WORDS = st.lists(st.text(min_size=1, max_size=5), max_size=3)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
@@ -168,7 +171,6 @@ def test_wrong_orders_are_named(messages: list[pb.GenerateRequest], words: str) 
     "params",
     [
         {"n": 65},
-        {"logprobs": 1},
         {"prompt_logprobs": 0},
         {"stop": [f"{i}" for i in range(1025)]},
     ],
@@ -197,10 +199,44 @@ def test_deltas_survive(stop_reason: int | str | None) -> None:
         token_ids=(5, 0),
         finish_reason="stop",
         stop_reason=stop_reason,
+        logprobs=(place(5, 2), place(0, 0)),
+        prompt_tokens=9,
+        num_cached_tokens=4,
+        metrics=METRICS,
     )
-    for each in (delta, dataclasses.replace(delta, finish_reason=None)):
+    for each in (delta, dataclasses.replace(delta, finish_reason=None, metrics=None)):
         sent = write_delta(each).SerializeToString()
-        assert read_delta(pb.Delta.FromString(sent), "a") == each
+        assert read_delta(pb.Delta.FromString(sent), "a", with_logprobs=True) == each
+
+
+def test_reports_survive_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the pieces; what is empty stays empty, and the first place has none."""
+    monkeypatch.setattr(reports, "PIECE_ENTRIES", 7)
+    monkeypatch.setattr(reports, "PIECE_IDS", 4)
+    monkeypatch.setattr(reports, "PIECE_STEPS", 2)
+    bare = RequestDelta(request_id="a", index=0, text="", token_ids=(1,))
+    restores = (None, RESTORED, dataclasses.replace(RESTORED, simulated_link_bytes_per_s=0.0))
+    for count, ids, restored, steps in itertools.product(
+        (None, 0, 3), (False, True), restores, (0, 5)
+    ):
+        request = Request(
+            request_id="a",
+            text=None if ids else "text",
+            token_ids=np.arange(9, dtype=np.int32) if ids else None,
+            params=SamplingParams(prompt_logprobs=count),
+        )
+        report = StepReport(steps=(STEP,) * steps, restored=restored)
+        delta = dataclasses.replace(bare, prompt=prompt_report(request), report=report)
+        reader = reports.ReportReader(request.token_ids)
+        for piece in reports.write_reports(delta, with_ids=request.token_ids is None):
+            reader.take(pb.GenerateResponse.FromString(piece.SerializeToString()))
+        got = reader.add_to(bare)
+        assert got.report == report
+        assert got.prompt is not None
+        assert delta.prompt is not None
+        assert got.prompt.logprobs == delta.prompt.logprobs
+        np.testing.assert_array_equal(got.prompt.token_ids, delta.prompt.token_ids)
+        assert reader.add_to(bare) == bare
 
 
 class Failed:

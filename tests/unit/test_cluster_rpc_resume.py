@@ -15,12 +15,13 @@ from actors.messages import Request
 from cluster.rpc import ringspan_v1_pb2 as pb
 from cluster.rpc.errors import ServerUnavailable
 from cluster.rpc.limits import RpcLimits
+from cluster.rpc.reports import write_reports
 from cluster.rpc.resume import MAX_TRIES, ResumableRequest
 from cluster.rpc.upload import RequestReader
 from cluster.rpc.wire import write_delta
 from models.errors import RingspanError
 from models.sampling import SamplingParams
-from tests.rpc_backend import FakeBackend
+from tests.rpc_backend import RESTORED, STEP, FakeBackend, place, prompt_report
 from tests.unit.test_cluster_rpc_messages import Failed
 
 
@@ -44,6 +45,8 @@ async def answer(pending: ResumableRequest, breaks: Sequence[int]) -> int:
         async for delta in FakeBackend().stream(request):
             if taken == most:
                 break
+            for report in write_reports(delta, with_ids=request.token_ids is None):
+                pending.take(report)
             pending.take(pb.GenerateResponse(delta=write_delta(delta)))
             taken += 1
         if not pending.is_complete:
@@ -52,10 +55,10 @@ async def answer(pending: ResumableRequest, breaks: Sequence[int]) -> int:
 
 
 def pending(n: int, seed: int | None = 5) -> ResumableRequest:
-    params = SamplingParams(n=n, max_tokens=6, seed=seed)
-    return ResumableRequest(
-        Request(request_id="a", token_ids=np.arange(9, dtype=np.int32), params=params), "host:1"
-    )
+    params = SamplingParams(n=n, max_tokens=6, seed=seed, logprobs=2, prompt_logprobs=1)
+    ids = np.arange(9, dtype=np.int32)
+    asked = Request(request_id="a", token_ids=ids, params=params, reports=True)
+    return ResumableRequest(asked, "host:1")
 
 
 @settings(max_examples=200, deadline=None)
@@ -67,7 +70,15 @@ def test_breaks_change_nothing(n: int, breaks: list[int]) -> None:
     asyncio.run(answer(whole, []))
     asyncio.run(answer(broken, breaks))
 
-    assert broken.output().outputs == whole.output().outputs
+    got, wanted = broken.output(), whole.output()
+    assert got.outputs == wanted.outputs
+    assert got.prompt_logprobs == wanted.prompt_logprobs == prompt_report(whole.request).logprobs
+    assert (got.num_cached_tokens, got.steps[-1]) == (wanted.num_cached_tokens, STEP)
+    assert wanted.steps == (STEP,)
+    assert wanted.restored == RESTORED
+    for output in wanted.outputs:
+        assert output.cumulative_logprob == -sum(output.token_ids) / 8
+        assert output.logprobs == tuple(place(each, 2) for each in output.token_ids)
 
 
 def test_without_a_seed_one_is_drawn_for_all_tries() -> None:
