@@ -27,9 +27,10 @@ CLUSTER_FLAGS: dict[tuple[str, ...], dict[str, Any]] = {
 }
 
 
-def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, and the flags that give prompts for it."""
-    parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face checkpoint")
+def add_prompt_flags(parser: argparse.ArgumentParser, **model: Any) -> None:
+    """Add the checkpoint (``model``: further settings of argparse), and the flags of prompts."""
+    what = "directory of a Hugging Face checkpoint"
+    parser.add_argument("model", metavar="MODEL", help=what, **model)
     parser.add_argument("--prompt", action="append", default=[], help="a text; may be repeated")
     parser.add_argument("--prompt-file", action="append", default=[], type=Path, metavar="FILE")
     parser.add_argument(
