@@ -3,11 +3,13 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.prompt import Prompt
 from models.errors import PromptError, SamplingError
 from models.sampling import SamplingParams
+
+if TYPE_CHECKING:  # `ringspan doctor` is to work without torch
+    from cluster.prompt import Prompt
 
 # Flag names are configuration keys with dashes for underscores.
 CLUSTER_FLAGS: dict[tuple[str, ...], dict[str, Any]] = {
@@ -41,7 +43,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser, **model: Any) -> None:
     )
 
 
-def prompts(options: argparse.Namespace) -> list[Prompt]:
+def prompts(options: argparse.Namespace) -> "list[Prompt]":
     """Return the prompts that the flags give.
 
     Raises:
