@@ -25,6 +25,7 @@ KNOWN = ("id", *FORMS, *PROMPT_OPTIONS, *SAMPLING)
 # These change when an answer comes, and whose it is, but not the answer.
 NOT_OF_THE_ANSWER = ("priority", "cache_salt")
 MAX_INT64 = 2**63
+_DEFAULTS = vars(SamplingParams())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class BatchLine:
     def digest(self) -> str:
         """Return 32 characters that differ where another answer may be expected."""
         prompt = {k: v for k, v in self.prompt.items() if k not in NOT_OF_THE_ANSWER}
-        asked = json.dumps([prompt, dataclasses.asdict(self.params)], sort_keys=True)
+        # Without defaults: a parameter that a later version adds must not change what was asked.
+        params = {k: v for k, v in vars(self.params).items() if v != _DEFAULTS[k]}
+        asked = json.dumps([prompt, params], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()[:32]
 
 
@@ -92,9 +95,8 @@ def read_line(
         _check_prompt(values)
         if cache_salt is not None:
             values.setdefault("cache_salt", cache_salt)
-        return dataclasses.replace(
-            line, prompt=values, params=dataclasses.replace(defaults, **given)
-        )
+        params = dataclasses.replace(defaults, **given) if given else defaults
+        return dataclasses.replace(line, prompt=values, params=params)
     except RingspanError as error:
         return dataclasses.replace(line, error=type(error)(f"line {number}: {error}"))
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from actors.errors import ClusterError, QueueFull, RankLost
 from actors.messages import CompletionOutput, RequestMetrics, RequestOutput
 from cluster import batch as batch_module
+from cluster import batch_output
 from cluster.__main__ import main
 from cluster.batch import Batch, BatchRun
 from cluster.batch_lines import read_line
@@ -311,6 +313,28 @@ def test_other_files_are_not_overwritten(files: tuple[Path, Path], tmp_path: Pat
             BatchRun(Batch(lines=lines, output=path, defaults=GREEDY))
     with pytest.raises(BatchOutputError, match="a file that it can resume"):
         BatchRun(Batch(lines=lines, output=Path(os.devnull), defaults=GREEDY))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_whole_lines(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, output = files
+    write(lines, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
+    write_all = batch_output._write_all
+
+    def fill_up(file: Any, data: bytes) -> None:
+        if b'"id": 2' in data:
+            write_all(file, data[:20])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(file, data)
+
+    monkeypatch.setattr(batch_output, "_write_all", fill_up)
+    with pytest.raises(BatchOutputError, match=r"cannot write .*: No space left on device"):
+        answer(lines, output, Echo(), in_flight=1)
+    assert set(read(output)) == {1}
+
+    monkeypatch.undo()
+    assert answer(lines, output, Echo()).tally.answered == 2
 
 
 def test_two_models_do_not_mix(files: tuple[Path, Path]) -> None:
