@@ -184,7 +184,7 @@ class BatchRun:
 
     def _write_error(self, model: str, line: BatchLine, error: RingspanError) -> None:
         told = {"type": type(error).__name__, "message": str(error)}
-        self._output.write({"id": line.id, "model": model, "error": told}, None, is_good=False)
+        self._output.write({**_head(line, model), "error": told}, None, is_good=False)
         self.tally.failed += 1
 
     def __enter__(self) -> "BatchRun":
@@ -201,16 +201,24 @@ class BatchRun:
 
 def answer_values(line: BatchLine, output: RequestOutput, model: str) -> dict[str, Any]:
     """Return an answer as the output has it: without the prompt, which the input has."""
+    if line.openai is not None:
+        body = line.openai.body(output, model)
+        response = {"status_code": 200, "request_id": output.request_id, "body": body}
+        return {**_head(line, model), "response": response, "error": None}
     values = dataclasses.asdict(dataclasses.replace(output, steps=(), prompt_token_ids=()))
     kept = ("outputs", "num_cached_tokens", "metrics", "prompt_logprobs", "restored")
     # A client does not know into how many tokens a server cut a text.
     prompt_tokens = len(output.prompt_token_ids) or None
     return {
-        "id": line.id,
-        "model": model,
+        **_head(line, model),
         "prompt_tokens": prompt_tokens,
         **{name: values[name] for name in kept},
     }
+
+
+def _head(line: BatchLine, model: str) -> dict[str, Any]:
+    custom_id = {"custom_id": line.id, "response": None} if line.is_openai else {}
+    return {"id": line.id, "model": model, **custom_id}
 
 
 async def _ask_patiently(llm: Answerer, line: BatchLine) -> RequestOutput:

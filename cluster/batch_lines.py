@@ -3,6 +3,8 @@
 {"prompt": "text", "max_tokens": 64}
 {"id": "b", "prompt_token_ids": [1, 2, 3], "cache_salt": "tenant-a", "priority": 1}
 {"id": "c", "messages": [{"role": "user", "content": "Who are you?"}], "deadline_s": 60}
+
+Or they are of OpenAI's form: see `cluster.batch_openai`.
 """
 
 import dataclasses
@@ -12,11 +14,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.prompt import OPTIONS
 from models.errors import PromptError, RingspanError
 from models.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from cluster.batch_openai import OpenAILine
 
 FORMS = ("prompt", "prompt_token_ids", "messages")
 PROMPT_OPTIONS = tuple(name for name in OPTIONS if name != "request_id")  # an id is given already
@@ -39,6 +44,8 @@ class BatchLine:
     prompt: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     error: RingspanError | None = None
+    is_openai: bool = False  # of OpenAI's form
+    openai: "OpenAILine | None" = None  # how it is answered then
 
     @property
     def key(self) -> str:
@@ -88,6 +95,9 @@ def read_line(
     line = BatchLine(number=number, id=number, has_own_id=False, size_bytes=len(text))
     try:
         values = _parse(text)
+        if "url" in values or "custom_id" in values:
+            return _read_openai(line, values, defaults, cache_salt)
+        _refuse_unknown(values)
         if "id" in values:
             line = dataclasses.replace(line, id=_read_id(values.pop("id")), has_own_id=True)
         given = {name: values.pop(name) for name in SAMPLING if values.get(name) is not None}
@@ -110,12 +120,35 @@ def _parse(text: bytes) -> dict[str, Any]:
         raise PromptError(f"it is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise PromptError(f"it must be a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
     for name in values:
         if name not in KNOWN and name not in SAMPLING:
             close = difflib.get_close_matches(name, KNOWN, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(KNOWN)}"
             raise PromptError(f"unknown field {name[:100]!r}; {hint}")
-    return values
+
+
+def _read_openai(
+    line: BatchLine, values: Mapping[str, Any], defaults: SamplingParams, cache_salt: str | None
+) -> BatchLine:
+    # Here, for most batches need nothing of HTTP.
+    from cluster.batch_openai import read_openai
+
+    line = dataclasses.replace(line, is_openai=True)
+    if "custom_id" in values:
+        line = dataclasses.replace(line, id=_read_id(values["custom_id"]), has_own_id=True)
+    try:
+        openai = read_openai(values)
+        prompt = openai.prompt()
+        if cache_salt is not None:
+            prompt.setdefault("cache_salt", cache_salt)
+        params = openai.params(defaults.max_tokens)
+        return dataclasses.replace(line, prompt=prompt, params=params, openai=openai)
+    except RingspanError as error:
+        return dataclasses.replace(line, error=type(error)(f"line {line.number}: {error}"))
 
 
 def _read_id(value: object) -> str | int:

@@ -167,7 +167,7 @@ class BatchOutput:
         end = 0
         for start, line in _whole_lines(self.path):
             values = self._read(line)
-            self._note(values, values["digest"], start, is_good="error" not in values)
+            self._note(values, values["digest"], start, is_good=values.get("error") is None)
             self._model = self._model or values.get("model")
             end = start + len(line)
         self.dropped_bytes = self._file.seek(0, os.SEEK_END) - end

@@ -167,9 +167,10 @@ class Doctor:
         own = (Path(cache) if cache else Path.home() / ".cache") / "ringspan"
         secret = self._key("kv_store.secret_file", None)
         yield machine.check_secret(Path(secret or own / "kv-secret").expanduser(), is_needed=False)
-        keys = self._key("server.api_key_file", None)
-        if keys is not None:
-            yield machine.check_secret(Path(keys).expanduser(), is_needed=True, what="API keys")
+        for key in ("server.api_key_file", "server.ssl_keyfile", "kv_store.ssl_keyfile"):
+            path = self._key(key, None)
+            if path is not None:
+                yield machine.check_secret(Path(path).expanduser(), is_needed=True, what=key)
         profiles = Path(self._key("profile.directory", None) or own).expanduser()
         yield machine.check_profiles(profiles, self._torch_version)
         disk = self._key("kv_store.disk_directory", None)

@@ -454,6 +454,72 @@ def test_flags_that_do_not_go_together_are_refused(
     assert printed.count("\n") == 1
 
 
+def openai_line(custom_id: str, path: str, **body: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": f"/v1/{path}", "body": body}
+
+
+def test_lines_of_openais_form_get_its_bodies(files: tuple[Path, Path]) -> None:
+    """As vLLM's run-batch takes and gives them; both forms may stand in one file."""
+    lines, output = files
+    user = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    write(
+        lines,
+        openai_line("a", "completions", model="any", prompt="x", max_tokens=3),
+        openai_line("b", "chat/completions", messages=[user], return_token_ids=True),
+        openai_line("c", "completions", prompt=["x", "y"]),
+        {"prompt": "own", "id": "d"},
+    )
+    tally = answer(lines, output, Echo()).tally
+
+    found = read(output)
+    assert (tally.answered, tally.failed) == (3, 1)
+    body = found["a"]["response"]["body"]
+    assert (found["a"]["custom_id"], found["a"]["error"]) == ("a", None)
+    assert (body["object"], body["model"], body["choices"][0]["text"]) == (
+        "text_completion",
+        "any",
+        "x",
+    )
+    assert body["usage"]["completion_tokens"] == 3
+    body = found["b"]["response"]["body"]
+    assert body["object"] == "chat.completion"
+    assert len(body["choices"][0]["token_ids"]) == GREEDY.max_tokens
+    assert "{'role': 'user', 'content': 'hi'}" in body["choices"][0]["message"]["content"]
+    assert (found["c"]["custom_id"], found["c"]["response"]) == ("c", None)
+    assert "line 3: prompt has 2 prompts: give each a line" in found["c"]["error"]["message"]
+    assert text_of(found["d"]) == "own"
+
+    llm = Echo()
+    assert answer(lines, output, llm).tally.earlier == 3
+    assert llm.asked == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (openai_line("a", "embeddings", prompt="x"), "it must POST to /v1/completions or"),
+        (openai_line("a", "completions", prompt="x") | {"method": "GET"}, "'GET to /v1/compl"),
+        (openai_line("a", "completions", prompt="x") | {"url": ["x"]}, "it must POST to"),
+        (openai_line("a", "completions", prompt="x") | {"id": "b"}, "unknown field 'id' beside"),
+        (openai_line("a", "completions", prompt="x", temprature=1), "body: unknown field 'tempra"),
+        (openai_line("a", "completions", prompt="x", stream=True), "stream must be left out"),
+        (openai_line("a", "completions", prompt="x", top_p=3), "top_p must be in (0, 1]"),
+        (openai_line("a", "chat/completions", messages=["x"]), "messages must be objects"),
+        (openai_line("a", "chat/completions"), "body: "),
+        ({"custom_id": "a"}, "it must POST to"),
+        ({"custom_id": "a", "url": "/v1/completions", "body": "x"}, "body: "),
+        ({"custom_id": [], "url": "/v1/completions"}, "id must be a text"),
+    ],
+)
+def test_what_is_wrong_with_a_line_of_openais_form_names_it(line: Any, words: str) -> None:
+    error = read_line(2, json.dumps(line).encode(), GREEDY).error
+
+    assert isinstance(error, RingspanError)
+    assert words in str(error)
+    assert str(error).startswith("line 2: ")
+    assert "\n" not in str(error)
+
+
 def test_every_sampling_parameter_may_stand_on_a_line() -> None:
     values = {
         name: value
