@@ -4,7 +4,10 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from actors.coordinator import Coordinator
 from actors.kv.messages import StoreSpec
@@ -66,3 +69,11 @@ def create_worker(spec: WorkerSpec, group: PlacementGroup, where: Place) -> Any:
 def create_plain(kind: type, *arguments: Any) -> Any:
     """Start a process with one object of a class that is no part of a cluster, as benchmarks do."""
     return ray.remote(num_cpus=0, max_restarts=0)(kind).remote(*arguments)
+
+
+def create_on(node_id: str, kind: type, *arguments: Any) -> Any:
+    """Start a process as `create_plain` does, on one node of the Ray cluster."""
+    # A strategy that the type hints of ray.remote do not know.
+    where: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    actor: Any = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=where)(kind)
+    return actor.remote(*arguments)

@@ -1,63 +1,18 @@
-"""What a user touches: the handles `LLM` and `Client`, their parameters, results and errors."""
+"""What a user touches: the handles `LLM` and `Client`, their parameters, results and errors.
 
-from actors.errors import (
-    ClusterError,
-    PlacementError,
-    QueueFull,
-    RankLost,
-    RayUnreachable,
-    StepFailed,
-    StoreNotFound,
-    TraceError,
-    UnknownRequest,
-)
-from actors.messages import (
-    CompletionOutput,
-    Logprob,
-    Progress,
-    RequestDelta,
-    RequestOutput,
-    Restored,
-    StepRecord,
-)
-from actors.trace import Trace
-from cluster.api_keys import Unauthenticated
-from cluster.client import Client
-from cluster.llm import LLM
-from cluster.rpc.errors import LimitExceeded, ServerUnavailable
-from cluster.tls import ClientTls
-from configs import ConfigError
-from models.errors import CheckpointError, PromptError, RingspanError, SamplingError
-from models.sampling import SamplingParams
+The names are those of `cluster.api`, which imports torch and Ray. It is imported when the
+first of them is asked for: `ringspan doctor` is to work where torch or Ray do not.
+"""
 
-__all__ = [
-    "LLM",
-    "CheckpointError",
-    "Client",
-    "ClientTls",
-    "ClusterError",
-    "CompletionOutput",
-    "ConfigError",
-    "LimitExceeded",
-    "Logprob",
-    "PlacementError",
-    "Progress",
-    "PromptError",
-    "QueueFull",
-    "RankLost",
-    "RayUnreachable",
-    "RequestDelta",
-    "RequestOutput",
-    "Restored",
-    "RingspanError",
-    "SamplingError",
-    "SamplingParams",
-    "ServerUnavailable",
-    "StepFailed",
-    "StepRecord",
-    "StoreNotFound",
-    "Trace",
-    "TraceError",
-    "Unauthenticated",
-    "UnknownRequest",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Modules of this package are in lower case, and are found without this.
+        if name[:1].isupper() or name == "__all__":
+            return getattr(importlib.import_module("cluster.api"), name)
+        raise AttributeError(f"module 'cluster' has no attribute {name!r}")

@@ -3,11 +3,13 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.prompt import Prompt
 from models.errors import PromptError, SamplingError
 from models.sampling import SamplingParams
+
+if TYPE_CHECKING:  # `ringspan doctor` is to work without torch
+    from cluster.prompt import Prompt
 
 # Flag names are configuration keys with dashes for underscores.
 CLUSTER_FLAGS: dict[tuple[str, ...], dict[str, Any]] = {
@@ -27,9 +29,10 @@ CLUSTER_FLAGS: dict[tuple[str, ...], dict[str, Any]] = {
 }
 
 
-def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, and the flags that give prompts for it."""
-    parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face checkpoint")
+def add_prompt_flags(parser: argparse.ArgumentParser, **model: Any) -> None:
+    """Add the checkpoint (``model``: further settings of argparse), and the flags of prompts."""
+    what = "directory of a Hugging Face checkpoint"
+    parser.add_argument("model", metavar="MODEL", help=what, **model)
     parser.add_argument("--prompt", action="append", default=[], help="a text; may be repeated")
     parser.add_argument("--prompt-file", action="append", default=[], type=Path, metavar="FILE")
     parser.add_argument(
@@ -40,7 +43,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prompts(options: argparse.Namespace) -> list[Prompt]:
+def prompts(options: argparse.Namespace) -> "list[Prompt]":
     """Return the prompts that the flags give.
 
     Raises:

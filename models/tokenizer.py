@@ -39,6 +39,11 @@ class Tokenizer:
             ) from error
         return cls(backend)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` takes conversations."""
+        return bool(self._backend.chat_template)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return token ids, with the special tokens that the checkpoint adds (often a BOS)."""
         return self._encode(text, add_special_tokens=add_special_tokens)
@@ -52,7 +57,7 @@ class Tokenizer:
             PromptError: The checkpoint has no chat template, or it does not take these messages.
         """
         _check_messages(messages)
-        if not self._backend.chat_template:
+        if not self.has_chat_template:
             raise PromptError(
                 "This checkpoint has no chat template: send a completion with a plain prompt"
             )

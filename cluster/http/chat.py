@@ -28,17 +28,21 @@ async def chat(server: Server, request: Request, asked: ChatRequest) -> Response
     """Answer one body."""
     head = server.head("chatcmpl", asked)
     salt = server.salt(request, asked)
-    given = [asked.max_completion_tokens, asked.max_tokens, server.backend.facts.max_model_len]
-    top = (asked.top_logprobs or 0) if asked.logprobs else None
-    params = SamplingParams(
-        max_tokens=next(tokens for tokens in given if tokens is not None),
-        logprobs=top,
-        **asked.sampling(),
-    )
+    params = chat_params(asked, server.backend.facts.max_model_len)
     prompt = {"messages": tuple(message.for_template() for message in asked.messages)}
     requests = server.requests([prompt], params, head, salt)
-    kind = Chats(head, params.n, top or 0, asked.return_token_ids)
+    kind = Chats(head, params.n, params.logprobs or 0, asked.return_token_ids)
     return await server.answer(request, asked, requests, kind)
+
+
+def chat_params(asked: ChatRequest, max_tokens: int) -> SamplingParams:
+    """Return what a body asks of an answer; ``max_tokens`` is for one that does not say."""
+    given = [asked.max_completion_tokens, asked.max_tokens, max_tokens]
+    return SamplingParams(
+        max_tokens=next(tokens for tokens in given if tokens is not None),
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        **asked.sampling(),
+    )
 
 
 class Chats:

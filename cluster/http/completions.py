@@ -26,11 +26,13 @@ async def complete(server: Server, request: Request, asked: CompletionRequest) -
     """Answer one body."""
     head = server.head("cmpl", asked)
     salt = server.salt(request, asked)
-    params = SamplingParams(
-        max_tokens=asked.max_tokens, logprobs=asked.logprobs, **asked.sampling()
-    )
-    requests = server.requests(_prompts(server, asked), params, head, salt)
+    requests = server.requests(_prompts(server, asked), completion_params(asked), head, salt)
     return await server.answer(request, asked, requests, Completions(head, asked.return_token_ids))
+
+
+def completion_params(asked: CompletionRequest) -> SamplingParams:
+    """Return what a body asks of an answer."""
+    return SamplingParams(max_tokens=asked.max_tokens, logprobs=asked.logprobs, **asked.sampling())
 
 
 def _prompts(server: Server, asked: CompletionRequest) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -150,7 +151,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, refuse)
 
 
-def validation_error(error: RequestValidationError) -> ApiError:
+def validation_error(error: RequestValidationError | ValidationError) -> ApiError:
     """Return the first thing that is wrong with a body, in one sentence."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part != "body"]

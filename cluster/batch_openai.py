@@ -1,0 +1,103 @@
+"""OpenAI's form of a batch, as vLLM's run-batch takes it: its lines, and their answers' bodies.
+
+{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "..."}}
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from actors.messages import RequestOutput
+from cluster.http.answering import Head
+from cluster.http.answers import Whole
+from cluster.http.chat import Chats, chat_params
+from cluster.http.completions import Completions, completion_params
+from cluster.http.errors import validation_error
+from cluster.http.protocol import CachedTokens, ChatRequest, CompletionRequest, Usage
+from models.errors import PromptError
+from models.sampling import SamplingParams
+
+FIELDS = {"custom_id", "method", "url", "body"}
+KINDS: dict[Any, Any] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
+
+
+@dataclass(frozen=True)
+class OpenAILine:
+    """The body of one line."""
+
+    asked: CompletionRequest | ChatRequest
+
+    def prompt(self) -> dict[str, Any]:
+        """Return it as `LLM` takes it.
+
+        Raises:
+            PromptError: It has more than one prompt.
+        """
+        salt = {} if self.asked.cache_salt is None else {"cache_salt": self.asked.cache_salt}
+        if isinstance(self.asked, ChatRequest):
+            messages = [message.for_template() for message in self.asked.messages]
+            return {"messages": messages, **salt}
+        prompt: Any = self.asked.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise PromptError(f"prompt has {len(prompt)} prompts: give each a line of its own")
+            (prompt,) = prompt
+        return {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, **salt}
+
+    def params(self, max_tokens: int) -> SamplingParams:
+        """Return what is asked of the answer; ``max_tokens`` is for a chat that does not say."""
+        if isinstance(self.asked, ChatRequest):
+            return chat_params(self.asked, max_tokens)
+        return completion_params(self.asked)
+
+    def body(self, output: RequestOutput, model: str) -> dict[str, Any]:
+        """Return the answer as POST would."""
+        head = Head(id=output.request_id, created=int(time.time()), model=self.asked.model or model)
+        wholes = [
+            Whole(
+                text=each.text,
+                token_ids=list(each.token_ids),
+                logprobs=None if each.logprobs is None else list(each.logprobs),
+                finish_reason=each.finish_reason,
+                stop_reason=each.stop_reason,
+            )
+            for each in output.outputs
+        ]
+        prompt_tokens = len(output.prompt_token_ids)
+        completion_tokens = sum(len(whole.token_ids) for whole in wholes)
+        usage = Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=CachedTokens(cached_tokens=output.num_cached_tokens),
+        )
+        with_ids = self.asked.return_token_ids
+        if isinstance(self.asked, ChatRequest):
+            top = self.asked.top_logprobs or 0
+            return Chats(head, self.asked.n, top, with_ids).whole(wholes, usage).model_dump()
+        return Completions(head, with_ids).whole(wholes, usage).model_dump()
+
+
+def read_openai(values: Mapping[str, Any]) -> OpenAILine:
+    """Read a line of OpenAI's form.
+
+    Raises:
+        PromptError: It is not, or its body is not.
+    """
+    unknown = values.keys() - FIELDS
+    if unknown:
+        raise PromptError(f"unknown field {min(unknown)[:100]!r} beside url and body")
+    method, url = values.get("method", "POST"), str(values.get("url"))
+    if method != "POST" or url not in KINDS:
+        wanted = " or ".join(KINDS)
+        raise PromptError(f"it must POST to {wanted}, got {f'{method} to {url}'[:100]!r}")
+    try:
+        asked = KINDS[url].model_validate(values.get("body"))
+    except ValidationError as error:
+        raise PromptError(f"body: {validation_error(error).message}") from None
+    if asked.stream:
+        raise PromptError("body: stream must be left out: a batch has whole answers")
+    return OpenAILine(asked)
