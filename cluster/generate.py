@@ -4,13 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from actors.messages import RequestOutput
-from cluster.api_keys import KEY_VARIABLE
 from cluster.arguments import (
     add_cluster_flags,
     add_output_flags,
@@ -21,7 +19,7 @@ from cluster.arguments import (
     sampling_params,
 )
 from cluster.batch import Batch, BatchRun
-from cluster.client import Client
+from cluster.client_flags import add_client_flags, make_client, refuse_client_flags
 from cluster.llm import LLM
 from cluster.trace import check_output, finish_trace
 from configs import ConfigError
@@ -47,13 +45,7 @@ def add_command(commands: Any) -> None:
         help=f"of a --prompt-file that ends in {BATCH_SUFFIX}, with one JSON object a line: the"
         " answers; the same command goes on where an earlier run of it ended",
     )
-    group = parser.add_argument_group("server")
-    group.add_argument(
-        "--target", metavar="HOST:PORT", help="ask a running server by gRPC, instead of MODEL"
-    )
-    group.add_argument(
-        "--api-key", metavar="KEY", help=f"for the server; {KEY_VARIABLE} is not shown by lists"
-    )
+    add_client_flags(parser, target=None, text="ask a running server by gRPC, instead of MODEL")
     add_cluster_flags(parser)
     parser.set_defaults(run=run)
 
@@ -135,19 +127,18 @@ def _check(options: argparse.Namespace) -> None:
     if options.target is None:
         if options.model is None:
             raise ConfigError("give MODEL, the directory of a checkpoint, or --target HOST:PORT")
-        if options.api_key is not None:
-            raise ConfigError("--api-key is for --target HOST:PORT")
+        refuse_client_flags(options)
         return
     own = {key: value for key, value in cluster_options(options).items() if value}
     wrong = "MODEL" if options.model is not None else next(iter(own), None)
     if wrong is not None:
         raise ConfigError(f"leave {wrong} out: the server at {options.target} has its own")
-    if options.trace or options.log_steps:
-        raise ConfigError("--trace and --log-steps are for a cluster of this command's own")
+    if options.trace:
+        raise ConfigError("--trace is for a cluster of this command's own")
 
 
 def _answerer(options: argparse.Namespace) -> "contextlib.AbstractContextManager[Any]":
     """Return a cluster of our own, or the handle of a server that runs."""
     if options.target is None:
         return LLM(options.model, **cluster_options(options))
-    return Client(options.target, api_key=options.api_key or os.environ.get(KEY_VARIABLE))
+    return make_client(options)
