@@ -25,6 +25,7 @@ from cluster.http.app import build_app
 from cluster.http.limits import Gate
 from cluster.http.settings import Settings
 from cluster.launch import RunningCluster, read_config
+from cluster.metered import MeteredBackend
 from cluster.rpc.server import RpcServer
 from configs import Config, ConfigError
 
@@ -132,7 +133,7 @@ def _serve(
 ) -> int:
     print(f"ringspan: loading {settings.names[0]} ...", flush=True)
     with RunningCluster(config) as cluster:
-        backend = ClusterBackend(cluster)
+        backend = MeteredBackend(ClusterBackend(cluster), settings.names[0])
         app = build_app(backend, settings)
 
         async def serve() -> None:

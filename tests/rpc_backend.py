@@ -3,12 +3,13 @@
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from actors.errors import UnknownRequest
 from actors.messages import FinishReason, Progress, Request, RequestDelta
+from actors.texts import Text, Tokens
 from cluster.backend import ModelFacts
 from cluster.rpc.limits import RpcLimits
 from cluster.rpc.server import RpcServer
@@ -95,6 +96,15 @@ class FakeBackend:
             for each in self.running
             if request_id in (None, each)
         ]
+
+    async def tokenize(self, text: Text) -> Tokens:
+        raise NotImplementedError
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        pass
 
     async def status(self) -> dict[str, Any]:
         return {"requests": len(self.running), "failure": self.failure}

@@ -10,6 +10,7 @@ from cluster.http.answering import Head, Server, spelled
 from cluster.http.answers import Piece, Whole
 from cluster.http.protocol import (
     AnswerMessage,
+    AnswerMetrics,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -36,9 +37,9 @@ async def chat(server: Server, request: Request, asked: ChatRequest) -> Response
         **asked.sampling(),
     )
     prompt = {"messages": tuple(message.for_template() for message in asked.messages)}
-    requests = server.requests([prompt], params, head, salt)
+    requests = server.requests([prompt], params, head, salt, asked)
     kind = Chats(head, params.n, top or 0, asked.return_token_ids)
-    return await server.answer(request, asked, requests, kind)
+    return await server.answer(request, asked, requests, head, kind)
 
 
 class Chats:
@@ -77,11 +78,13 @@ class Chats:
         """Return a chunk without answers."""
         return ChatChunk(**self._head.fields(), choices=[], prompt_progress=progress)
 
-    def usage(self, usage: Usage) -> ChatChunk:
+    def usage(self, usage: Usage | None, metrics: AnswerMetrics | None) -> ChatChunk:
         """Return the last chunk."""
-        return ChatChunk(**self._head.fields(), choices=[], usage=usage)
+        return ChatChunk(**self._head.fields(), choices=[], usage=usage, metrics=metrics)
 
-    def whole(self, wholes: Sequence[Whole], usage: Usage) -> ChatCompletion:
+    def whole(
+        self, wholes: Sequence[Whole], usage: Usage, metrics: AnswerMetrics | None
+    ) -> ChatCompletion:
         """Return the body of all answers."""
         choices = [
             ChatChoice(
@@ -94,7 +97,7 @@ class Chats:
             )
             for index, whole in enumerate(wholes)
         ]
-        return ChatCompletion(**self._head.fields(), choices=choices, usage=usage)
+        return ChatCompletion(**self._head.fields(), choices=choices, usage=usage, metrics=metrics)
 
     def _logprobs(self, logprobs: Sequence[Logprobs] | None) -> ChatLogprobs | None:
         if logprobs is None:

@@ -12,6 +12,7 @@ from cluster.http.answering import Head, Server, spelled
 from cluster.http.answers import Piece, Whole
 from cluster.http.errors import invalid
 from cluster.http.protocol import (
+    AnswerMetrics,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
@@ -29,8 +30,9 @@ async def complete(server: Server, request: Request, asked: CompletionRequest) -
     params = SamplingParams(
         max_tokens=asked.max_tokens, logprobs=asked.logprobs, **asked.sampling()
     )
-    requests = server.requests(_prompts(server, asked), params, head, salt)
-    return await server.answer(request, asked, requests, Completions(head, asked.return_token_ids))
+    requests = server.requests(_prompts(server, asked), params, head, salt, asked)
+    kind = Completions(head, asked.return_token_ids)
+    return await server.answer(request, asked, requests, head, kind)
 
 
 def _prompts(server: Server, asked: CompletionRequest) -> list[dict[str, Any]]:
@@ -81,11 +83,13 @@ class Completions:
         """Return a chunk without answers."""
         return Completion(**self._head.fields(), choices=[], prompt_progress=progress)
 
-    def usage(self, usage: Usage) -> Completion:
+    def usage(self, usage: Usage | None, metrics: AnswerMetrics | None) -> Completion:
         """Return the last chunk."""
-        return Completion(**self._head.fields(), choices=[], usage=usage)
+        return Completion(**self._head.fields(), choices=[], usage=usage, metrics=metrics)
 
-    def whole(self, wholes: Sequence[Whole], usage: Usage) -> Completion:
+    def whole(
+        self, wholes: Sequence[Whole], usage: Usage, metrics: AnswerMetrics | None
+    ) -> Completion:
         """Return the body of all answers."""
         choices = [
             CompletionChoice(
@@ -98,7 +102,7 @@ class Completions:
             )
             for index, whole in enumerate(wholes)
         ]
-        return Completion(**self._head.fields(), choices=choices, usage=usage)
+        return Completion(**self._head.fields(), choices=choices, usage=usage, metrics=metrics)
 
     def _logprobs(
         self, choice: int, logprobs: Sequence[Logprobs] | None
