@@ -111,12 +111,20 @@ class Engine:
         opened = self._open(await self._reader.with_tokens(request))
         opened.is_streamed = True
         to_end = len(opened.answers)
-        while to_end:
-            news = await opened.news.get()
-            if isinstance(news, Exception):
-                raise news
-            to_end -= news.finish_reason is not None
-            yield news
+        try:
+            while to_end:
+                news = await opened.news.get()
+                if isinstance(news, Exception):
+                    raise news
+                to_end -= news.finish_reason is not None
+                if request.reports:
+                    # In a thread, as of `generate`.
+                    news = await asyncio.to_thread(self._reader.with_reports, opened, news)
+                yield news
+        finally:
+            # Ray ends this call with the task that made it, before anybody there can cancel.
+            if to_end and self._requests.get(request.request_id) is opened:
+                self.cancel(request.request_id)
 
     def cancel(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request with what it has.

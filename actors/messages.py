@@ -229,6 +229,7 @@ class Request:
     # The answer so far, made by an earlier call with the same seed: the answer goes on behind it,
     # and a stream has only what is new. With n = 1, and without prompt_logprobs.
     answer_ids: tuple[int, ...] = ()
+    reports: bool = False  # a stream has a `PromptReport` and a `StepReport` too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +281,22 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptReport:
+    """What a request's prompt came to."""
+
+    token_ids: TokenIds
+    logprobs: tuple[Logprobs | None, ...] | None  # as `RequestOutput.prompt_logprobs`
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """How a complete request came about."""
+
+    steps: "tuple[StepRecord, ...]"
+    restored: "Restored | None"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RequestDelta:
     """What is new of one answer of a streamed request."""
 
@@ -293,6 +310,10 @@ class RequestDelta:
     prompt_tokens: int = 0  # of the request
     num_cached_tokens: int = 0  # of the prompt of this answer, found on the ranks or restored
     metrics: RequestMetrics | None = None  # set in the request's last delta
+    prompt: PromptReport | None = (
+        None  # in the first delta of answer 0, where reports are asked for
+    )
+    report: StepReport | None = None  # in the request's last delta, where they are
 
 
 @dataclass(frozen=True, kw_only=True)

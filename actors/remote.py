@@ -15,12 +15,16 @@ from actors.ranks import CONTROL
 from actors.worker import GPUWorker
 from configs import Config
 
+# Requests of all doors, and room for cancel and status: see configs.ServerConfig.max_requests.
+COORDINATOR_CALLS = 4800
 STORE_THREADS = 4  # of a KV store: one may bring pieces from a disk while others are served
 
 
 def create_coordinator(config: Config) -> Any:
     """Start the coordinator's process and return its handle."""
-    actor = ray.remote(num_cpus=0, max_restarts=0)(Coordinator)
+    # An option that the type hints of ray.remote do not know for classes.
+    calls: dict[str, Any] = {"max_concurrency": COORDINATOR_CALLS}
+    actor = ray.remote(num_cpus=0, max_restarts=0, **calls)(Coordinator)
     return actor.remote(config, create_worker, create_store)
 
 

@@ -15,10 +15,12 @@ from actors.draws import BadWords, bad_word_ids, check_params
 from actors.generation import Generation
 from actors.logprobs import Spell
 from actors.messages import (
+    PromptReport,
     Request,
     RequestDelta,
     RequestMetrics,
     RequestOutput,
+    StepReport,
     TokenIds,
 )
 from actors.prompt import prompt_ids
@@ -44,6 +46,7 @@ class OpenRequest:
         self._to_end = len(answers)  # that a stream has not heard the end of
         self.arrival_s = time.perf_counter()
         self.is_streamed = False
+        self.prompt_is_told = False  # to a stream
         self.furthest = 0  # prompt tokens told to be computed: progress never goes back
         self.news: asyncio.Queue[RequestDelta | Exception] = asyncio.Queue()
 
@@ -140,9 +143,29 @@ class RequestReader:
             outputs=tuple(answer.completion(i, spell) for i, answer in enumerate(answers)),
             num_cached_tokens=answers[0].generation.num_cached_tokens,
             metrics=opened.metrics(),
-            steps=joint_records(answers),
-            prompt_logprobs=answers[0].prompt_logprobs(len(opened.prompt), spell),
-            restored=joint_restored(answers),
+            prompt_logprobs=self.prompt_report(opened).logprobs,
+            **vars(self.step_report(opened)),
+        )
+
+    def prompt_report(self, opened: OpenRequest) -> PromptReport:
+        """Return what is known of a prompt that was computed."""
+        spell = functools.cache(self._spell)
+        logprobs = opened.answers[0].prompt_logprobs(len(opened.prompt), spell)
+        return PromptReport(token_ids=opened.prompt, logprobs=logprobs)
+
+    def with_reports(self, opened: OpenRequest, delta: RequestDelta) -> RequestDelta:
+        """Return a delta of a stream with the reports that are due with it."""
+        if delta.index == 0 and not opened.prompt_is_told:
+            opened.prompt_is_told = True
+            delta = dataclasses.replace(delta, prompt=self.prompt_report(opened))
+        if delta.metrics is not None:
+            delta = dataclasses.replace(delta, report=self.step_report(opened))
+        return delta
+
+    def step_report(self, opened: OpenRequest) -> StepReport:
+        """Return how a complete request came about."""
+        return StepReport(
+            steps=joint_records(opened.answers), restored=joint_restored(opened.answers)
         )
 
     def _check_answer_ids(self, request: Request) -> None:

@@ -25,6 +25,7 @@ from cluster.api_keys import Unauthenticated
 from cluster.client import Client
 from cluster.llm import LLM
 from cluster.rpc.errors import LimitExceeded, ServerUnavailable
+from cluster.tls import ClientTls
 from configs import ConfigError
 from models.errors import CheckpointError, PromptError, RingspanError, SamplingError
 from models.sampling import SamplingParams
@@ -33,6 +34,7 @@ __all__ = [
     "LLM",
     "CheckpointError",
     "Client",
+    "ClientTls",
     "ClusterError",
     "CompletionOutput",
     "ConfigError",

@@ -2,10 +2,14 @@
 
 import hashlib
 import hmac
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
+from configs import ConfigError
 from models.errors import RingspanError
 
+KEY_VARIABLE = "RINGSPAN_API_KEY"
 NO_TENANT = ""  # where no keys are asked for
 
 
@@ -42,6 +46,35 @@ class ApiKeys:
         if kind.lower() != b"bearer" or not found:
             raise Unauthenticated("this server needs an API key: send Authorization: Bearer KEY")
         return found[0]
+
+
+def read_api_keys(given: Sequence[str], file: str | Path | None) -> tuple[str, ...]:
+    """Return all keys of a server: given ones, those of a file's lines, and the environment's.
+
+    Raises:
+        ConfigError: The file cannot be read or has no key, or a key cannot be sent in a header.
+    """
+    keys = list(given)
+    if file is not None:
+        try:
+            lines = Path(file).expanduser().read_text(encoding="ascii").splitlines()
+        except OSError as error:
+            raise ConfigError(f"cannot read the API keys in {file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"the API keys in {file} must be of ASCII characters") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ConfigError(f"{file} has no API key: write one on each line")
+        keys += found
+    # Taken out: the ranks' processes inherit the environment.
+    if KEY_VARIABLE in os.environ:
+        keys.append(os.environ.pop(KEY_VARIABLE))
+    for key in keys:
+        if not (key and key.isascii() and key.isprintable() and key == key.strip()):
+            raise ConfigError(
+                "an API key must be of printable ASCII characters, without spaces at its ends"
+            )
+    return tuple(dict.fromkeys(keys))
 
 
 def cache_salt(tenant: str, asked: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -143,6 +144,7 @@ class ClusterBackend:
                 await asyncio.sleep(CANCEL_PAUSE_S)
 
     def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(call)
+        # In a context of its own: what a task of Ray has called is cancelled with it.
+        task = asyncio.create_task(call, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -23,6 +23,7 @@ from cluster.rpc.errors import error_of
 from cluster.rpc.limits import client_options
 from cluster.rpc.resume import ResumableRequest
 from cluster.rpc.wire import read_progress
+from cluster.tls import ClientTls
 from models.errors import RingspanError
 from models.sampling import SamplingParams
 
@@ -40,17 +41,22 @@ class Client:
     manager, or call `close`. It may be used by several threads and event loops at once.
     """
 
-    def __init__(self, target: str, *, api_key: str | None = None) -> None:
-        """Take the ``host:port`` of a server; the first call connects.
+    def __init__(
+        self, target: str, *, api_key: str | None = None, tls: ClientTls | None = None
+    ) -> None:
+        """Take the ``host:port`` of a server, and ``tls`` where it has a certificate.
+
+        The first call connects.
 
         Raises:
-            ClusterError: The key cannot be sent.
+            ClusterError: The key cannot be sent, or a file of ``tls`` cannot be read.
         """
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ClusterError("an API key must be of printable ASCII characters")
         self._target = target
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
-        self._channel = grpc.insecure_channel(target, client_options())
+        self._credentials = None if tls is None else tls.grpc_credentials()
+        self._channel = self._connect(grpc)
         # An asynchronous channel belongs to the event loop in which it was made.
         self._async_channels: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = (
             weakref.WeakKeyDictionary()
@@ -228,8 +234,14 @@ class Client:
     def _async_channel(self) -> Any:
         loop = asyncio.get_running_loop()
         if loop not in self._async_channels:
-            self._async_channels[loop] = grpc.aio.insecure_channel(self._target, client_options())
+            self._async_channels[loop] = self._connect(grpc.aio)
         return self._async_channels[loop]
+
+    def _connect(self, kind: Any) -> Any:
+        """Return a channel of ``grpc`` or ``grpc.aio``."""
+        if self._credentials is None:
+            return kind.insecure_channel(self._target, client_options())
+        return kind.secure_channel(self._target, self._credentials, client_options())
 
     def _ask(self, method: str, message: Any, kind: Any) -> Any:
         self._check_open()

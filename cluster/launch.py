@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, TaskCancelledError
 
 from actors.cluster_info import ClusterInfo
 from actors.errors import ClusterError, RayUnreachable
@@ -125,6 +125,8 @@ def _own_errors() -> Iterator[None]:
         ) from error
     except RayActorError:
         raise ClusterError("the coordinator died: start the cluster again") from None
+    except TaskCancelledError:
+        raise ClusterError("the call was cancelled, with the task that made it") from None
 
 
 def read_config(
@@ -142,7 +144,8 @@ def read_config(
     values = {"model": str(Path(model).expanduser().resolve()), **options}
     config: Config = load(config_file, values, overrides)
     # Where the checkpoint lies on the cluster's machines only, the ranks say what is wrong.
-    if Path(config.model).exists() or not config.ray.address:
+    joins = config.ray.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()
+    if Path(config.model).exists() or not joins:
         check_max_model_len(read_model_config(Path(config.model)), config.max_model_len)
     return config
 

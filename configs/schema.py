@@ -6,6 +6,8 @@ from typing import Literal
 
 MiB = 2**20
 GiB = 2**30
+# Of each door: the coordinator runs 4,800 calls at once, cancel and status among them.
+MOST_REQUESTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,12 @@ class KVStoreConfig:
     secret_file: str | None = None
     disk_directory: str | None = None  # on each host; None: nothing is kept on disk
     disk_bytes: int = 64 * GiB  # of each host
+    # TLS of what goes to other hosts; all three or none. Every host reads its own files, shows
+    # its certificate and takes only those that the authorities of ssl_ca_certs have signed.
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_server_name: str | None = None  # in all hosts' certificates; None: each has its address
     host_dtype: Literal["auto", "int8", "int4", "fp8"] = "auto"
     remote_dtype: Literal["auto", "int8", "int4", "fp8"] = "auto"  # on its way to another host
     disk_dtype: Literal["auto", "int8", "int4", "fp8"] = "auto"
@@ -94,6 +102,11 @@ class KVStoreConfig:
                 "kv_store.disk_directory needs kv_store.host_memory_bytes, got 0: blocks reach"
                 " the disk by way of the host's memory"
             )
+        files = (self.ssl_certfile, self.ssl_keyfile, self.ssl_ca_certs)
+        if None in files and set(files) != {None}:
+            raise ValueError(
+                "kv_store.ssl_certfile, ssl_keyfile and ssl_ca_certs go together: give all three"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +127,56 @@ class RestoreConfig:
     def __post_init__(self) -> None:
         if self.link_bytes_per_s is not None:
             _positive("restore", self, "link_bytes_per_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The HTTP and the gRPC server, and limits that hold before memory is taken."""
+
+    host: str = "127.0.0.1"  # address to listen at
+    port: int = 8000  # of HTTP; 0: any that is free
+    grpc_port: int = 50051
+    served_model_name: list[str] = field(default_factory=list)  # none: the directory's name
+    api_key_file: str | None = None  # a key on each line, each a tenant
+    ssl_certfile: str | None = None  # PEM, of HTTP and gRPC; None: no TLS
+    ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None  # whoever comes must show a certificate signed by these
+    grace_s: float = 15.0  # for running requests to end at a stop
+    max_requests: int = 512  # prompts under way over HTTP; as many over gRPC
+    max_answers: int = 128  # prompts times n, of one HTTP request
+    max_body_bytes: int | None = None  # None: room for a prompt of the model's length
+    body_timeout_s: float = 60.0  # for a body to arrive
+    send_timeout_s: float = 60.0  # for a client to take a piece of a stream
+    keep_alive_s: float = 5.0  # a stream is never silent for longer
+    progress_s: float = 1.0  # how often a prefill's progress is told, where it is asked for
+    first_wait_s: float = 1.0  # an error so soon is an HTTP status, a later one part of the stream
+    retry_after_s: int = 5  # told with 429 and 503
+
+    def __post_init__(self) -> None:
+        for name in ("port", "grpc_port"):
+            if not 0 <= getattr(self, name) < 65536:
+                raise ValueError(f"server.{name} must be 0 to 65535, got {getattr(self, name)}")
+        if self.port == self.grpc_port != 0:
+            raise ValueError(f"server.port and server.grpc_port must differ, got {self.port} twice")
+        if not 0 <= self.grace_s < math.inf:
+            raise ValueError(f"server.grace_s must be >= 0 and finite, got {self.grace_s}")
+        if not 0 < self.max_requests <= MOST_REQUESTS:
+            raise ValueError(
+                f"server.max_requests must be 1 to {MOST_REQUESTS}, got {self.max_requests}"
+            )
+        if self.max_body_bytes is not None:
+            _positive("server", self, "max_body_bytes")
+        _positive("server", self, "max_answers", "retry_after_s", "body_timeout_s")
+        _positive("server", self, "send_timeout_s", "keep_alive_s", "progress_s", "first_wait_s")
+        if not all(self.served_model_name):
+            raise ValueError("server.served_model_name has a name without a character")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("server.ssl_certfile and server.ssl_keyfile go together: give both")
+        if self.ssl_ca_certs is not None and self.ssl_certfile is None:
+            raise ValueError(
+                "server.ssl_ca_certs needs server.ssl_certfile and server.ssl_keyfile: clients"
+                " show certificates only over TLS"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +219,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     kv_store: KVStoreConfig = field(default_factory=KVStoreConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from actors.texts import Text, Tokens
 from cluster.backend import ModelFacts
 from cluster.rpc.limits import RpcLimits
 from cluster.rpc.server import RpcServer
+from cluster.tls import ServerTls
 from models.draw import answer_seed
 
 WAIT_S = 30.0  # for what comes at once
@@ -129,11 +130,15 @@ class ServerThread:
 
 @contextmanager
 def serve(
-    backend: Any, *, limits: RpcLimits | None = None, api_keys: tuple[str, ...] = ()
+    backend: Any,
+    *,
+    limits: RpcLimits | None = None,
+    api_keys: tuple[str, ...] = (),
+    tls: ServerTls | None = None,
 ) -> Iterator[tuple[str, RpcServer, ServerThread]]:
     """Serve a backend on a free port; give its address, the server and its thread."""
     thread = ServerThread()
-    server = RpcServer(backend, limits=limits, api_keys=api_keys)
+    server = RpcServer(backend, limits=limits, api_keys=api_keys, tls=tls)
     port = thread.run(server.start())
     try:
         yield f"127.0.0.1:{port}", server, thread

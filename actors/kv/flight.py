@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
+from actors.kv.flight_tls import FlightTls
 from actors.kv.pieces import KEY_BYTES, PieceId
 
 VERSION = 1  # of tickets: others are refused
@@ -143,26 +144,35 @@ class PieceServer:
     thread that happens.
     """
 
-    def __init__(self, host: str, token: str, open_piece: OpenPiece) -> None:
+    def __init__(
+        self, host: str, token: str, open_piece: OpenPiece, tls: FlightTls | None = None
+    ) -> None:
         self._host = host
         self._token = token
         self._open_piece = open_piece
+        self._tls = tls
+        self._scheme = "grpc" if tls is None else "grpc+tls"
         self._server: _Server | None = None
 
     def start(self) -> None:
         """Listen on a port that the system chooses.
 
         Raises:
-            OSError: The host is none of this machine's.
+            OSError: The host is none of this machine's, or a file of ``tls`` cannot be used.
         """
-        self._server = _Server(f"grpc://{self._host}:0", self._token, self._open_piece)
+        options = {}
+        if self._tls is not None:
+            self._tls.check()
+            options = self._tls.server_options()
+        location = f"{self._scheme}://{self._host}:0"
+        self._server = _Server(location, self._token, self._open_piece, options)
 
     @property
     def address(self) -> str:
-        """Where to ask: ``grpc://host:port``. Only while it runs."""
+        """Where to ask: ``grpc://host:port``, or ``grpc+tls://``. Only while it runs."""
         if self._server is None:
             raise RuntimeError("the piece server was not started")
-        return f"grpc://{self._host}:{self._server.port}"
+        return f"{self._scheme}://{self._host}:{self._server.port}"
 
     def close(self) -> None:
         """Stop listening; streams under way have a few seconds to end."""
@@ -178,8 +188,9 @@ class PieceServer:
 class PieceClient:
     """Fetches pieces from other hosts. Thread-safe; connections are kept and shared."""
 
-    def __init__(self, token: str, timeout_s: float = 10.0) -> None:
+    def __init__(self, token: str, timeout_s: float = 10.0, tls: FlightTls | None = None) -> None:
         self._token = token
+        self._options = {} if tls is None else tls.client_options()
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._connections: dict[str, Any] = {}
@@ -247,7 +258,7 @@ class PieceClient:
         with self._lock:
             if address not in self._connections:
                 self._connections[address] = flight.FlightClient(
-                    address, generic_options=_CHANNEL_OPTIONS
+                    address, generic_options=_CHANNEL_OPTIONS, **self._options
                 )
             return self._connections[address]
 
@@ -258,10 +269,12 @@ class PieceClient:
 
 
 class _Server(flight.FlightServerBase):
-    def __init__(self, location: str, token: str, open_piece: OpenPiece) -> None:
+    def __init__(
+        self, location: str, token: str, open_piece: OpenPiece, options: dict[str, Any]
+    ) -> None:
         self._token = token.encode()
         self._open_piece = open_piece
-        super().__init__(location)
+        super().__init__(location, **options)
 
     def do_get(self, context: Any, ticket: Any) -> Any:
         try:

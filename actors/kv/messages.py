@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from actors.kv.flight_tls import FlightTls
 from actors.kv.pieces import Layout, PieceId
 
 Tier = Literal["host", "disk", "remote"]
@@ -24,6 +25,7 @@ class StoreSpec:
     disk_bytes: int = 0
     disk_dtype: str = "raw"
     remote_dtype: str = "raw"
+    tls: FlightTls | None = None  # of what goes to other hosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class StoreInfo:
     pid: int
     arena_path: str
     capacity_bytes: int
-    flight_address: str  # "grpc://host:port"
+    flight_address: str  # "grpc://host:port", or "grpc+tls://"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ class KVStore:
         """Sweep what dead stores left, make the arena, open the disk, serve other hosts.
 
         Raises:
-            OSError: Shared memory has no room for the arena, or the disk cannot be opened.
+            OSError: Shared memory has no room for the arena, the disk cannot be opened, or a
+                certificate cannot be used.
         """
         spec = self._spec
         sweep()
@@ -54,7 +55,7 @@ class KVStore:
             )
             self._host = HostTier(self._arena, directory, spec.layout)
             self._disk = self._open_disk()
-            self._server = PieceServer(self._flight_host, spec.token, self._open_piece)
+            self._server = PieceServer(self._flight_host, spec.token, self._open_piece, spec.tls)
             self._server.start()
         except BaseException:
             self._arena.close()
@@ -64,7 +65,7 @@ class KVStore:
             recode = None if spec.disk_dtype == RAW else self._recoding(spec.disk_dtype)
             self._writer = DiskWriter(self._host, self._disk, recode=recode)
             self._writer.start()
-        self._client = PieceClient(spec.token)
+        self._client = PieceClient(spec.token, tls=spec.tls)
         self._stager = Stager(self._host, self._disk, self._client, spec.layout, spec.lease_s)
         self._timer = threading.Thread(target=self._expire, name="kv-expire", daemon=True)
         self._timer.start()

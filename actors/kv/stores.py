@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup
 
 from actors.errors import PlacementError
 from actors.kv.finder import StoreFinder
+from actors.kv.flight_tls import FlightTls
 from actors.kv.keys import TenantKeys, default_secret_path, exactness_class, load_secret
 from actors.kv.messages import StoreInfo, StoreSpec
 from actors.kv.pieces import Layout
@@ -23,7 +24,7 @@ from actors.kv.recode import recoded_size
 from actors.placement import Place
 from actors.profile_file import default_directory
 from actors.ranks import Ranks
-from configs import Config
+from configs import Config, KVStoreConfig
 from models.fingerprint import model_fingerprint
 from models.kv_codec import Encoding
 
@@ -150,6 +151,18 @@ def _spec(
         disk_bytes=kv.disk_bytes,
         disk_dtype=_encoding(kv.disk_dtype, config),
         remote_dtype=_encoding(kv.remote_dtype, config),
+        tls=_tls(kv),
+    )
+
+
+def _tls(kv: KVStoreConfig) -> FlightTls | None:
+    if kv.ssl_certfile is None or kv.ssl_keyfile is None or kv.ssl_ca_certs is None:
+        return None
+    return FlightTls(
+        certfile=kv.ssl_certfile,
+        keyfile=kv.ssl_keyfile,
+        ca_certs=kv.ssl_ca_certs,
+        server_name=kv.ssl_server_name,
     )
 
 

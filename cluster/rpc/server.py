@@ -17,6 +17,7 @@ from cluster.rpc import ringspan_v1_pb2 as pb
 from cluster.rpc.errors import status_of
 from cluster.rpc.limits import RpcLimits, server_options
 from cluster.rpc.service import Context, InferenceService
+from cluster.tls import ServerTls
 from models.errors import RingspanError
 
 LOG = logging.getLogger(__name__)
@@ -36,12 +37,14 @@ class RpcServer:
         port: int = 0,
         api_keys: Sequence[str] = (),
         limits: RpcLimits | None = None,
+        tls: ServerTls | None = None,
     ) -> None:
         """Only store. Port 0 is any free one; without ``api_keys`` everybody may call."""
         self._backend = backend
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._keys = ApiKeys(api_keys)
         self._limits = limits or RpcLimits()
+        self._tls = tls
         self._server: grpc.aio.Server
         self._service: InferenceService
         self._health: Any
@@ -66,7 +69,11 @@ class RpcServer:
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         try:
-            port: int = self._server.add_insecure_port(self._address)
+            port: int = (
+                self._server.add_insecure_port(self._address)
+                if self._tls is None
+                else self._server.add_secure_port(self._address, self._tls.grpc_credentials())
+            )
         except RuntimeError:
             raise ClusterError(
                 f"cannot listen on {self._address}: the port is in use, or the address is not of"

@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,7 +16,9 @@ import pytest
 from cluster import serve
 from cluster.http.app import build_app
 from cluster.http.settings import Settings
-from configs import ConfigError
+from cluster.serving import until_stopped
+from configs import ConfigError, ServerConfig
+from tests.checkpoints import write_llama_checkpoint
 from tests.fake_backend import FakeBackend
 
 FAST = Settings(names=("m",), keep_alive_s=0.01, first_wait_s=0.01)
@@ -26,38 +30,61 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def options(**changes: object) -> argparse.Namespace:
-    given = {"model": "/models/llama", "api_key": [], "served_model_name": [], "grace_s": 1.0}
-    return argparse.Namespace(**{**given, **changes})
+def options(checkpoint: Path, *flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.add_command(parser.add_subparsers())
+    return parser.parse_args(["serve", str(checkpoint), *flags])
 
 
 def test_address_in_use_or_not_ours_is_one_sentence() -> None:
-    """Said before a model is loaded."""
+    """Said before a model is loaded, with the flag that helps."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1 port {port}: address"):
-            serve._bind("127.0.0.1", port)
-    with pytest.raises(ConfigError, match="--port must be 0 to 65535"):
-        serve._bind("127.0.0.1", 70_000)
+            serve._bind("127.0.0.1", port, "--port")
+        with pytest.raises(ConfigError, match="give another --host or --grpc-port"):
+            serve._bind("127.0.0.1", port, "--grpc-port")
     with pytest.raises(ConfigError, match=r"cannot listen at 192\.0\.2\.1 port 0: cannot assign"):
-        serve._bind("192.0.2.1", 0)
+        serve._bind("192.0.2.1", 0, "--port")
 
 
-def test_key_leaves_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranks' processes inherit it, and have no use for the key."""
-    monkeypatch.setenv("RINGSPAN_API_KEY", "secret")
+def test_flags_are_keys_of_the_server(tmp_path: Path) -> None:
+    """A flag goes before the file's key, and a ``key=value`` before the flag."""
+    checkpoint = write_llama_checkpoint(tmp_path / "llama")
+    file = tmp_path / "server.yaml"
+    file.write_text("server:\n  port: 1\n  grpc_port: 2\n  served_model_name: [a, b]\n")
+    flags = ["server.max_requests=8", "--config", str(file), "--port", "3", "--max-requests", "7"]
 
-    settings = serve._settings(options(api_key=["other"]))
+    config = serve._config(options(checkpoint, *flags))
 
-    assert settings.api_keys == ("other", "secret")
-    assert "RINGSPAN_API_KEY" not in os.environ
-    assert settings.names == ("llama",)
+    assert (config.server.port, config.server.grpc_port, config.server.max_requests) == (3, 2, 8)
+    assert Settings.of(config, ()).names == ("a", "b")
+    assert Settings.of(serve._config(options(checkpoint)), ()).names == ("llama",)
 
 
-@pytest.mark.parametrize("changes", [{"api_key": [""]}, {"grace_s": -1.0}])
-def test_settings_that_make_no_sense_are_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
-        serve._settings(options(**changes))
+def test_every_flag_is_a_key() -> None:
+    keys = {name.removeprefix("--").replace("-", "_") for name in serve.SERVER_FLAGS}
+    assert keys <= {field.name for field in dataclasses.fields(ServerConfig)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--grace-s", "-1"], "server.grace_s must be >= 0 and finite, got -1.0"),
+        (["--port", "70000"], "server.port must be 0 to 65535, got 70000"),
+        (["--port", "9", "--grpc-port", "9"], "must differ, got 9 twice"),
+        (["--max-requests", "0"], "server.max_requests must be 1 to 2000, got 0"),
+        (["--served-model-name", ""], "a name without a character"),
+        (["--ssl-certfile", "a"], "go together: give both"),
+        (["--ssl-ca-certs", "a"], "server.ssl_ca_certs needs server.ssl_certfile"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    tmp_path: Path, flags: list[str], told: str
+) -> None:
+    checkpoint = write_llama_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=told):
+        serve._config(options(checkpoint, *flags))
 
 
 def test_vanished_clients_and_signals() -> None:
@@ -67,9 +94,9 @@ def test_vanished_clients_and_signals() -> None:
         backend = FakeBackend()
         backend.hold.clear()
         app = build_app(backend, FAST)
-        with serve._bind("127.0.0.1", 0) as listener:
+        with serve._bind("127.0.0.1", 0, "--port") as listener:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            served = asyncio.create_task(serve._until_stopped(app, listener, "up", 600.0))
+            served = asyncio.create_task(until_stopped(app, listener, "up", 600.0))
             await until(lambda: bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)))
             for stream in (True, False):
                 await leave(url, backend, stream)
