@@ -5,11 +5,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from actors.counts import Counts
 from actors.errors import UnknownRequest
 from actors.messages import (
     Logprob,
+    Logprobs,
     Progress,
+    PromptReport,
     Request,
     RequestDelta,
     RequestMetrics,
@@ -113,6 +117,8 @@ class FakeBackend:
                     ends = stops or start + 2 >= len(answer)
                     last = ends and index == request.params.n - 1
                     delta = self._delta(request, index, answer[start : start + 2], ends, last)
+                    if request.reports and told == 1:
+                        delta = replace(delta, prompt=self._report(request))
                     yield replace(delta, finish_reason="abort") if stops else delta
                     if stops:
                         break
@@ -162,18 +168,19 @@ class FakeBackend:
             return [ord(c) for message in request.messages for c in str(message["content"])]
         return [ord(character) for character in request.text or ""]
 
+    def _report(self, request: Request) -> PromptReport:
+        prompt = self._prompt(request)
+        logprobs: tuple[Logprobs | None, ...] | None = None
+        if request.params.prompt_logprobs is not None:
+            logprobs = (None, *map(_place, prompt[1:]))
+        return PromptReport(token_ids=np.array(prompt, dtype=np.int32), logprobs=logprobs)
+
     def _delta(
         self, request: Request, index: int, tokens: list[int], ends: bool, last: bool
     ) -> RequestDelta:
         logprobs = None
         if request.params.logprobs is not None:
-            logprobs = tuple(
-                {
-                    token: Logprob(logprob=-1.5, rank=2, decoded_token=_spell(token)),
-                    token + 1: Logprob(logprob=-0.5, rank=1, decoded_token=_spell(token + 1)),
-                }
-                for token in tokens
-            )
+            logprobs = tuple(map(_place, tokens))
         return RequestDelta(
             request_id=request.request_id,
             index=index,
@@ -185,6 +192,13 @@ class FakeBackend:
             num_cached_tokens=1,
             metrics=RequestMetrics(queue_s=0.1, ttft_s=0.2, total_s=0.3) if last else None,
         )
+
+
+def _place(token: int) -> Logprobs:
+    return {
+        token: Logprob(logprob=-1.5, rank=2, decoded_token=_spell(token)),
+        token + 1: Logprob(logprob=-0.5, rank=1, decoded_token=_spell(token + 1)),
+    }
 
 
 def _spell(token: int) -> str:

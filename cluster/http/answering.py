@@ -17,7 +17,7 @@ from cluster.backend import Backend
 from cluster.http.answers import Answers, Whole
 from cluster.http.errors import ApiError, invalid, json_response
 from cluster.http.limits import Gate
-from cluster.http.protocol import AnswerMetrics, Asked, Body, Usage
+from cluster.http.protocol import AnswerMetrics, Asked, Body, PromptLogprob, Usage
 from cluster.http.settings import Settings
 from cluster.http.sse import Chunks, EventStream, events, unless_gone
 from models.errors import PromptError
@@ -42,7 +42,7 @@ class Head:
 class Kind(Chunks, Protocol):
     """One kind of answer, whole and in chunks."""
 
-    def whole(
+    async def whole(
         self, wholes: Sequence[Whole], usage: Usage, metrics: AnswerMetrics | None
     ) -> BaseModel:
         """Return the body of all answers."""
@@ -117,6 +117,9 @@ class Server:
                 f" {self.settings.max_answers} are given at once",
                 "n",
             )
+        reports = params.prompt_logprobs is not None or (
+            asked.return_token_ids and not asked.stream
+        )
         return [
             messages.Request(
                 request_id=f"{head.id}-{index}",
@@ -124,6 +127,7 @@ class Server:
                 cache_salt=salt,
                 priority=asked.priority,
                 deadline_s=asked.deadline_s,
+                reports=reports,
                 **prompt,
             )
             for index, prompt in enumerate(prompts)
@@ -162,7 +166,8 @@ class Server:
                 if wholes is None:
                     return Response(status_code=GONE)
                 metrics = answers.metrics if asked.include_metrics else None
-                return json_response(kind.whole(wholes, answers.usage, metrics).model_dump())
+                told = await kind.whole(wholes, answers.usage, metrics)
+                return json_response(told.model_dump())
             await answers.begin(self.settings.first_wait_s)
         except BaseException:
             await close()
@@ -202,6 +207,37 @@ def key_salt(request: Request) -> str:
     """Return what stands for the API key that a request came with; all are one without keys."""
     salt: str = request.state.salt
     return salt
+
+
+def prompt_fields(prompt: messages.PromptReport | None, asked: Asked) -> dict[str, Any]:
+    """Return what is told of a prompt, as fields of a body."""
+    if prompt is None:
+        return {}
+    told: dict[str, Any] = {}
+    if asked.return_token_ids:
+        told["prompt_token_ids"] = prompt.token_ids.tolist()
+    if asked.prompt_logprobs is not None and prompt.logprobs is not None:
+        count = asked.prompt_logprobs
+        told["prompt_logprobs"] = [
+            None
+            if place is None
+            else {
+                token_id: PromptLogprob(**vars(each))
+                for token_id, each in first_of(place, count).items()
+            }
+            for place in prompt.logprobs
+        ]
+    return told
+
+
+def first_of(place: messages.Logprobs, count: int) -> messages.Logprobs:
+    """Return of a place its own token and ``count`` of the likeliest (-1: all)."""
+    own = next(iter(place))
+    return {
+        token_id: each
+        for token_id, each in place.items()
+        if token_id == own or count < 0 or each.rank <= count
+    }
 
 
 def spelled(token_id: int, logprob: messages.Logprob) -> str:

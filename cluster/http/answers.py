@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.errors import UnknownRequest
-from actors.messages import Logprobs, Progress, Request, RequestDelta, RequestMetrics
+from actors.messages import (
+    Logprobs,
+    Progress,
+    PromptReport,
+    Request,
+    RequestDelta,
+    RequestMetrics,
+)
 from cluster.backend import Backend
 from cluster.http.errors import ApiError, as_api_error
 from cluster.http.limits import Gate
@@ -34,6 +41,7 @@ class Whole:
     logprobs: list[Logprobs] | None = None
     finish_reason: str = ""
     stop_reason: int | str | None = None
+    prompt: PromptReport | None = None  # where it was asked for
 
     def take(self, delta: RequestDelta) -> None:
         """Add a piece."""
@@ -60,6 +68,7 @@ class Answers:
         self._news: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         self._peeked: Piece | ApiError | None = None
         self._prompts: dict[int, tuple[int, int]] = {}  # by request: tokens, and cached ones
+        self._reports: dict[int, PromptReport] = {}  # by request
         self._times: list[RequestMetrics] = []  # of the requests that have ended
         self._completion_tokens = 0
         self._to_end = sum(request.params.n for request in requests)
@@ -146,6 +155,8 @@ class Answers:
         self._to_end -= delta.finish_reason is not None
         if delta.metrics is not None:
             self._times.append(delta.metrics)
+        if delta.prompt is not None:
+            self._reports[request] = delta.prompt
         return news
 
     async def collect(self) -> list[Whole]:
@@ -155,6 +166,8 @@ class Answers:
             piece = await self.next()
             if piece is not None:
                 wholes[piece.choice].take(piece.delta)
+        for choice, whole in enumerate(wholes):
+            whole.prompt = self._reports.get(choice // self._requests[0].params.n)
         return wholes
 
     async def progress(self) -> Progress | None:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from actors.messages import Logprob, Logprobs
-from cluster.http.answering import Head, Server, spelled
+from cluster.http.answering import Head, Server, prompt_fields, spelled
 from cluster.http.answers import Piece, Whole
 from cluster.http.protocol import (
     AnswerMessage,
@@ -34,23 +34,25 @@ async def chat(server: Server, request: Request, asked: ChatRequest) -> Response
     params = SamplingParams(
         max_tokens=next(tokens for tokens in given if tokens is not None),
         logprobs=top,
+        prompt_logprobs=asked.prompt_logprobs,
         **asked.sampling(),
     )
     prompt = {"messages": tuple(message.for_template() for message in asked.messages)}
     requests = server.requests([prompt], params, head, salt, asked)
-    kind = Chats(head, params.n, top or 0, asked.return_token_ids)
+    kind = Chats(head, params.n, top or 0, asked)
     return await server.answer(request, asked, requests, head, kind)
 
 
 class Chats:
     """The bodies of one call's answers."""
 
-    def __init__(self, head: Head, n: int, top_logprobs: int, with_token_ids: bool) -> None:
+    def __init__(self, head: Head, n: int, top_logprobs: int, asked: ChatRequest) -> None:
         """Take what is asked of them."""
         self._head = head
         self._n = n
         self._top_logprobs = top_logprobs
-        self._with_token_ids = with_token_ids
+        self._asked = asked
+        self._with_token_ids = asked.return_token_ids
 
     def first(self) -> Iterable[ChatChunk]:
         """Return who speaks, for each answer."""
@@ -82,7 +84,7 @@ class Chats:
         """Return the last chunk."""
         return ChatChunk(**self._head.fields(), choices=[], usage=usage, metrics=metrics)
 
-    def whole(
+    async def whole(
         self, wholes: Sequence[Whole], usage: Usage, metrics: AnswerMetrics | None
     ) -> ChatCompletion:
         """Return the body of all answers."""
@@ -97,7 +99,13 @@ class Chats:
             )
             for index, whole in enumerate(wholes)
         ]
-        return ChatCompletion(**self._head.fields(), choices=choices, usage=usage, metrics=metrics)
+        return ChatCompletion(
+            **self._head.fields(),
+            choices=choices,
+            usage=usage,
+            metrics=metrics,
+            **prompt_fields(wholes[0].prompt, self._asked),
+        )
 
     def _logprobs(self, logprobs: Sequence[Logprobs] | None) -> ChatLogprobs | None:
         if logprobs is None:

@@ -60,7 +60,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "prompt_logprobs": (),
     # A template is a program: the checkpoint's own is taken, and none that a client brings.
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -156,6 +155,7 @@ class Asked(Body):
     skip_special_tokens: Flag = True
     bad_words: StopTexts | None = None
     return_token_ids: Flag = False
+    prompt_logprobs: Integer | None = None
     cache_salt: Annotated[str, Strict(), StringConstraints(min_length=1, max_length=256)] | None = (
         None
     )
@@ -172,6 +172,8 @@ class Asked(Body):
             raise ValueError("stream_options is for stream: true only")
         if self.return_progress and not self.stream:
             raise ValueError("return_progress is for stream: true only")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is for stream: false only")
         return self
 
     def sampling(self) -> dict[str, Any]:
@@ -194,6 +196,13 @@ class CompletionRequest(Asked):
     prompt: Prompts
     max_tokens: Integer = 16
     logprobs: Integer | None = None
+    echo: Flag = False  # the prompt comes before its answer, with logprobs of its tokens too
+
+    @model_validator(mode="after")
+    def _echo_fields(self) -> "CompletionRequest":
+        if self.echo and self.stream and self.logprobs is not None:
+            raise ValueError("echo with logprobs is for stream: false only")
+        return self
 
 
 class TextPart(BaseModel):
@@ -319,9 +328,21 @@ class CompletionLogprobs(BaseModel):
     """Of each token of an answer, or of a piece of it."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # null for a prompt's first token
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]  # of the token in the answer's text
+
+
+class PromptLogprob(BaseModel):
+    """A token that could have been in a prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+# By token id; null for the first token.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 class CompletionChoice(BaseModel):
@@ -333,6 +354,8 @@ class CompletionChoice(BaseModel):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class PromptProgress(BaseModel):
@@ -405,6 +428,8 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     metrics: AnswerMetrics | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatChunkChoice(BaseModel):

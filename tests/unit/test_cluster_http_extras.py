@@ -99,6 +99,13 @@ def test_tokens_there_and_back() -> None:
         ("/detokenize", {"tokens": "a"}, "list"),
         (CHAT, {**HI, "chat_template": "{{ 1 }}"}, "chat_template is not supported"),
         (CHAT, {**HI, "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs is not supported"),
+        (COMPLETIONS, {"prompt": "a", "stream": True, "prompt_logprobs": 1}, "stream: false only"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "stream": True, "echo": True, "logprobs": 1},
+            "stream: false only",
+        ),
+        (COMPLETIONS, {"prompt": "a", "prompt_logprobs": -2}, "prompt_logprobs must be"),
         (COMPLETIONS, {"prompt": "a", "deadline_s": 0}, "deadline_s"),
         (COMPLETIONS, {"prompt": "a", "deadline_s": 1e300}, "deadline_s"),
         (COMPLETIONS, {"prompt": "a", "priority": 1.5}, "priority"),
@@ -110,6 +117,50 @@ def test_what_cannot_be_is_refused(path: str, body: object, says: str) -> None:
     async def test(ask: Asker) -> None:
         status, _, message = await ask.refused(path, body)
         assert (status, says in message) == (400, True), message
+
+    run(test)
+
+
+def test_prompt_comes_before_its_answer() -> None:
+    """With log-probabilities of both, as harnesses that score texts read them."""
+    body = {"prompt": ["ab", "x"], "echo": True, "n": 2}
+
+    async def test(ask: Asker) -> None:
+        whole = (await ask.post(COMPLETIONS, body | {"logprobs": 1})).json()["choices"]
+        assert [choice["text"] for choice in whole] == ["abbc", "abcd", "xy", "xz"]
+        assert whole[0]["logprobs"] == {
+            "tokens": ["a", "b", "b", "c"],
+            "token_logprobs": [None, -1.5, -1.5, -1.5],
+            "top_logprobs": [None, *({t: -1.5, chr(ord(t) + 1): -0.5} for t in "bbc")],
+            "text_offset": [0, 1, 2, 3],
+        }
+        ids = (await ask.post(COMPLETIONS, {"prompt": [120], "echo": True})).json()
+        assert ids["choices"][0]["text"] == "xy"
+        told = chunks(await ask.post(COMPLETIONS, body | {"stream": True}))
+        for index, choice in enumerate(whole):
+            own = [c["text"] for t in told for c in t["choices"] if c["index"] == index]
+            assert "".join(own) == choice["text"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_prompt_logprobs_and_ids(path: str) -> None:
+    """vLLM's: in each choice of a completion, beside the choices of a chat."""
+    body = {"prompt": "hi"} if path == COMPLETIONS else HI
+    asked = {"prompt_logprobs": 1, "return_token_ids": True}
+
+    async def test(ask: Asker) -> None:
+        told = (await ask.post(path, body | asked)).json()
+        told = told["choices"][0] if path == COMPLETIONS else told
+        assert told["prompt_token_ids"] == [104, 105]
+        first, second = told["prompt_logprobs"]
+        assert first is None
+        assert second["105"] == {"logprob": -1.5, "rank": 2, "decoded_token": "i"}
+        assert second["106"]["rank"] == 1
+        plain = (await ask.post(path, body)).json()
+        plain = plain["choices"][0] if path == COMPLETIONS else plain
+        assert plain["prompt_logprobs"] is plain["prompt_token_ids"] is None
 
     run(test)
 
