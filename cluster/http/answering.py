@@ -168,7 +168,10 @@ class Server:
                 metrics = answers.metrics if asked.include_metrics else None
                 told = await kind.whole(wholes, answers.usage, metrics)
                 return json_response(told.model_dump())
-            await answers.begin(self.settings.first_wait_s)
+            beginning = answers.begin(self.settings.first_wait_s)
+            if not await unless_gone(beginning, request.receive):
+                await close()
+                return Response(status_code=GONE)
         except BaseException:
             await close()
             raise

@@ -128,11 +128,12 @@ class Answers:
                 return
             await asyncio.sleep(CANCEL_PAUSE_S)  # they are still on their way to the cluster
 
-    async def begin(self, wait_s: float) -> None:
-        """Wait a moment for the first news, and raise it where it is an error."""
+    async def begin(self, wait_s: float) -> bool:
+        """Wait a moment for the first news, and raise it where it is an error; True, when done."""
         self._peeked = await self._next(wait_s)
         if isinstance(self._peeked, ApiError):
             raise self._peeked
+        return True
 
     async def next(self, timeout_s: float | None = None) -> Piece | None:
         """Return what is new, or None where nothing is within ``timeout_s``.
