@@ -31,6 +31,7 @@ from actors.restore import RestorePlanner, RestoreRules
 from actors.restore_profile import find_restore_rates
 from actors.scheduler import Scheduler
 from actors.step_sizes import Limits
+from actors.texts import Text, Tokens, detokenize, tokenize
 from actors.trace import Trace, Tracer
 from actors.worker import DTYPES
 from configs import Config
@@ -136,6 +137,16 @@ class Coordinator:
     async def progress(self, request_id: str | None = None) -> list[Progress]:
         """Return how far prefills have come, of one request or of all; see `Engine.progress`."""
         return await self._engine.progress(request_id)
+
+    async def tokenize(self, text: Text) -> Tokens:
+        """Return a text's tokens; see `actors.texts.tokenize`."""
+        return await asyncio.to_thread(tokenize, self._tokenizer, text)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens; see `actors.texts.detokenize`."""
+        return await asyncio.to_thread(
+            detokenize, self._tokenizer, token_ids, self._model.vocab_size
+        )
 
     async def reset_prefix_cache(self) -> None:
         """Give up the KV of all answers that are complete."""

@@ -15,8 +15,10 @@ import ray
 
 from actors.answer import Answer, step_record
 from actors.choice import Chooser
+from actors.counts import Counts
 from actors.errors import UnknownRequest
 from actors.kv.finder import StoreFinder
+from actors.kv.messages import RestoreChoice
 from actors.messages import (
     FinishReason,
     PrefillChunk,
@@ -89,6 +91,7 @@ class Engine:
         self._under_way: Step | None = None
         self._failure: Exception | None = None  # that ended `run`
         self._recent: deque[tuple[float, StepRecord]] = deque()  # with the moment of its end
+        self._counts = Counts()
 
     @property
     def failure(self) -> Exception | None:
@@ -97,7 +100,7 @@ class Engine:
 
     async def generate(self, request: Request) -> RequestOutput:
         """Answer a request, beside others."""
-        opened = self._open(request)
+        opened = self._open(await self._reader.with_tokens(request))
         await asyncio.gather(*(answer.done for answer in opened.answers))
         # In a thread: a long prompt's log-probabilities are millions of objects, and heartbeats
         # must not wait for them.
@@ -105,7 +108,7 @@ class Engine:
 
     async def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
         """Answer a request, piece by piece as its tokens come."""
-        opened = self._open(request)
+        opened = self._open(await self._reader.with_tokens(request))
         opened.is_streamed = True
         to_end = len(opened.answers)
         try:
@@ -178,6 +181,8 @@ class Engine:
             "prefill_tokens_per_s": sum(r.prefill_tokens for r in records) / span_s,
             "decode_tokens_per_s": sum(r.decode_tokens for r in records) / span_s,
             "restore": None if self._stores is None else self._stores.planner.status(),
+            "counts": self._counts.told(),
+            "heartbeat_ages_s": self._ranks.heartbeat_ages_s(),
         }
 
     async def run(self) -> None:
@@ -252,6 +257,7 @@ class Engine:
             if found is not None:
                 # In a thread: a plan takes milliseconds, and steps are handed out meanwhile.
                 choice = await asyncio.to_thread(stores.planner.choose, found)
+                self._counts.add_decision(_decision(choice, lookup))
             if found is not None and choice is not None:
                 if found.is_far and choice.recompute_to > lookup.start:
                     self.scheduler.begin_ahead(lookup, choice.recompute_to)
@@ -313,6 +319,7 @@ class Engine:
         if call.about:  # else it only had blocks stored
             self._recent.append((end_s, record))
             self._forget_old(end_s)
+            self._counts.add_step(record)
             self._tracer.add(begun_s, record, results)
         for index, (opened, answer) in enumerate(call.about):
             if answer.done.done():
@@ -332,6 +339,7 @@ class Engine:
         """Learn from what came back before a chunk, and have it in the trace."""
         stored, _ = answer.generation.restored[-1]
         self._tracer.add_restore(stored.begin_s, answer.restored[-1])
+        self._counts.add_restored(answer.restored[-1])
         if self._stores is not None and all(each.bad_from is None for each in results):
             self._stores.planner.observe(stored, [each.restore for each in results])
             self._stores.planner.note(answer.restored[-1])
@@ -340,6 +348,11 @@ class Engine:
         opened, _ = self._answers.pop(answer.generation.sequence_id)
         opened.tell(answer)
         answer.complete()
+        generation = answer.generation
+        if generation.made_tokens:
+            self._counts.add_answer(
+                len(generation.prompt), generation.num_cached_tokens, answer.restored
+            )
         if all(each.done.done() for each in opened.answers):
             del self._requests[opened.request.request_id]
 
@@ -372,6 +385,12 @@ class Engine:
     def _forget_old(self, now_s: float) -> None:
         while self._recent and self._recent[0][0] < now_s - RECENT_S:
             self._recent.popleft()
+
+
+def _decision(choice: RestoreChoice | None, lookup: Lookup) -> str:
+    if choice is None:
+        return "recompute"
+    return "split" if choice.recompute_to > lookup.start else "load"
 
 
 def _unknown(request_id: str) -> UnknownRequest:

@@ -6,6 +6,7 @@ raises it.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Ranks:
         self._config = config
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watcher: asyncio.Task[None] | None = None
+        self._seen_s = [time.monotonic()] * len(self._workers)  # each rank's last sign of life
 
     @property
     def failure(self) -> ClusterError | None:
@@ -92,6 +94,11 @@ class Ranks:
         ref = getattr(worker, method).options(concurrency_group=CONTROL).remote()
         return await self._outcome(rank, ref)
 
+    def heartbeat_ages_s(self) -> list[float]:
+        """Return how long ago each rank gave a sign of life."""
+        now_s = time.monotonic()
+        return [now_s - seen_s for seen_s in self._seen_s]
+
     def watch(self) -> None:
         """Start to ask every rank for a heartbeat."""
         self._watcher = asyncio.create_task(self._watch())
@@ -122,6 +129,7 @@ class Ranks:
             return lost
         except TimeoutError:
             return self._lost(rank, f"gave no sign of life for {timeout_s:g} s")
+        self._seen_s[rank] = time.monotonic()
         return None
 
     async def _outcome(self, rank: int, ref: Awaitable[Any]) -> Any:

@@ -7,6 +7,8 @@ import itertools
 import secrets
 import time
 
+import numpy as np
+
 from actors.answer import Answer, joint_records, joint_restored
 from actors.detokenizer import AnswerText, Detokenizer
 from actors.draws import BadWords, bad_word_ids, check_params
@@ -22,6 +24,7 @@ from actors.messages import (
     TokenIds,
 )
 from actors.prompt import prompt_ids
+from actors.texts import Text, tokenize
 from models.config import ModelConfig
 from models.draw import answer_seed
 from models.errors import PromptError, SamplingError
@@ -95,6 +98,21 @@ class RequestReader:
         self._max_model_len = max_model_len
         self._max_logprobs = max_logprobs
         self._sequence_ids = itertools.count(1)
+
+    async def with_tokens(self, request: Request) -> Request:
+        """Return a request whose conversation, if it has one, is token ids.
+
+        In a thread: the checkpoint's template may take seconds.
+
+        Raises:
+            PromptError: The template does not take the conversation, or there is none.
+        """
+        if request.messages is None or self._tokenizer is None:
+            return request  # `read` says what is wrong
+        text = Text(messages=request.messages, add_special_tokens=False)
+        tokens = await asyncio.to_thread(tokenize, self._tokenizer, text)
+        ids = np.asarray(tokens.token_ids, dtype=np.int32)
+        return dataclasses.replace(request, messages=None, token_ids=ids)
 
     def read(self, request: Request) -> OpenRequest:
         """Return a request's answers, none of which has begun.

@@ -3,18 +3,19 @@
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.errors import ClusterError, UnknownRequest
 from actors.messages import Progress, Request, RequestDelta
+from actors.texts import Text, Tokens
 from cluster.launch import RunningCluster
 from models.errors import RingspanError
 
-ASK_S = 10.0  # for the coordinator to answer what needs no step
+ASK_S = 20.0  # for the coordinator to answer what needs no step
 # A request that is left may still be on its way to the coordinator: it is looked for so often.
-CANCEL_TRIES = 20
+CANCEL_TRIES = 100  # longer than a chat template may take
 CANCEL_PAUSE_S = 0.1
 
 
@@ -48,6 +49,18 @@ class Backend(Protocol):
 
     async def status(self) -> dict[str, Any]:
         """Return what the cluster is and does."""
+        ...
+
+    async def tokenize(self, text: Text) -> Tokens:
+        """Return a text's tokens."""
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        ...
+
+    async def close(self) -> None:
+        """Wait for what is under way behind the callers' backs."""
         ...
 
 
@@ -95,6 +108,16 @@ class ClusterBackend:
         """Return what the cluster is and does."""
         status: dict[str, Any] = await self._ask("status")
         return status
+
+    async def tokenize(self, text: Text) -> Tokens:
+        """Return a text's tokens."""
+        tokens: Tokens = await self._ask("tokenize", text)
+        return tokens
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        text: str = await self._ask("detokenize", list(token_ids))
+        return text
 
     async def close(self) -> None:
         """Wait for cancellations under way: nobody is left to read those answers."""

@@ -172,11 +172,11 @@ class BatchRun:
                     raise
                 self._write_error(model, line, error)
             else:
-                self._write(model, line, output)
+                await self._write(model, line, output)
             meter.show()
 
-    def _write(self, model: str, line: BatchLine, output: RequestOutput) -> None:
-        values = answer_values(line, output, model)
+    async def _write(self, model: str, line: BatchLine, output: RequestOutput) -> None:
+        values = await answer_values(line, output, model)
         self._output.write(values, line.digest(), is_good=True)
         self.tally.answered += 1
         self.tally.prompt_tokens += len(output.prompt_token_ids)
@@ -199,10 +199,10 @@ class BatchRun:
         self._stack.close()
 
 
-def answer_values(line: BatchLine, output: RequestOutput, model: str) -> dict[str, Any]:
+async def answer_values(line: BatchLine, output: RequestOutput, model: str) -> dict[str, Any]:
     """Return an answer as the output has it: without the prompt, which the input has."""
     if line.openai is not None:
-        body = line.openai.body(output, model)
+        body = await line.openai.body(output, model)
         response = {"status_code": 200, "request_id": output.request_id, "body": body}
         return {**_head(line, model), "response": response, "error": None}
     values = dataclasses.asdict(dataclasses.replace(output, steps=(), prompt_token_ids=()))

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
-from actors.messages import RequestOutput
-from cluster.http.answering import Head
+from actors.messages import PromptReport, RequestOutput
+from cluster.http.answering import Head, Kind
 from cluster.http.answers import Whole
 from cluster.http.chat import Chats, chat_params
 from cluster.http.completions import Completions, completion_params
@@ -21,6 +22,7 @@ from models.errors import PromptError
 from models.sampling import SamplingParams
 
 FIELDS = {"custom_id", "method", "url", "body"}
+POST_ONLY = ("stream", "echo", "include_metrics")
 KINDS: dict[Any, Any] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 
 
@@ -36,16 +38,20 @@ class OpenAILine:
         Raises:
             PromptError: It has more than one prompt.
         """
-        salt = {} if self.asked.cache_salt is None else {"cache_salt": self.asked.cache_salt}
+        options = {
+            name: getattr(self.asked, name)
+            for name in ("cache_salt", "priority", "deadline_s")
+            if getattr(self.asked, name)
+        }
         if isinstance(self.asked, ChatRequest):
             messages = [message.for_template() for message in self.asked.messages]
-            return {"messages": messages, **salt}
+            return {"messages": messages, **options}
         prompt: Any = self.asked.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
                 raise PromptError(f"prompt has {len(prompt)} prompts: give each a line of its own")
             (prompt,) = prompt
-        return {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, **salt}
+        return {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, **options}
 
     def params(self, max_tokens: int) -> SamplingParams:
         """Return what is asked of the answer; ``max_tokens`` is for a chat that does not say."""
@@ -53,7 +59,7 @@ class OpenAILine:
             return chat_params(self.asked, max_tokens)
         return completion_params(self.asked)
 
-    def body(self, output: RequestOutput, model: str) -> dict[str, Any]:
+    async def body(self, output: RequestOutput, model: str) -> dict[str, Any]:
         """Return the answer as POST would."""
         head = Head(id=output.request_id, created=int(time.time()), model=self.asked.model or model)
         wholes = [
@@ -63,6 +69,10 @@ class OpenAILine:
                 logprobs=None if each.logprobs is None else list(each.logprobs),
                 finish_reason=each.finish_reason,
                 stop_reason=each.stop_reason,
+                prompt=PromptReport(
+                    token_ids=np.asarray(output.prompt_token_ids, np.int32),
+                    logprobs=output.prompt_logprobs,
+                ),
             )
             for each in output.outputs
         ]
@@ -74,11 +84,11 @@ class OpenAILine:
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=CachedTokens(cached_tokens=output.num_cached_tokens),
         )
-        with_ids = self.asked.return_token_ids
-        if isinstance(self.asked, ChatRequest):
-            top = self.asked.top_logprobs or 0
-            return Chats(head, self.asked.n, top, with_ids).whole(wholes, usage).model_dump()
-        return Completions(head, with_ids).whole(wholes, usage).model_dump()
+        asked = self.asked
+        kind: Kind = (
+            Chats(head, asked) if isinstance(asked, ChatRequest) else Completions(head, asked)
+        )
+        return (await kind.whole(wholes, usage, None)).model_dump()
 
 
 def read_openai(values: Mapping[str, Any]) -> OpenAILine:
@@ -98,6 +108,7 @@ def read_openai(values: Mapping[str, Any]) -> OpenAILine:
         asked = KINDS[url].model_validate(values.get("body"))
     except ValidationError as error:
         raise PromptError(f"body: {validation_error(error).message}") from None
-    if asked.stream:
-        raise PromptError("body: stream must be left out: a batch has whole answers")
+    for name in POST_ONLY:
+        if getattr(asked, name, False):
+            raise PromptError(f"body: {name} must be left out: a batch has whole answers alone")
     return OpenAILine(asked)

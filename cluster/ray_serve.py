@@ -18,6 +18,7 @@ from cluster.backend import ClusterBackend
 from cluster.http.app import build_app
 from cluster.http.settings import Settings
 from cluster.launch import RunningCluster, read_config
+from cluster.metered import MeteredBackend
 from cluster.serving import TOLD_S, drain, rpc_server
 from cluster.tls import ServerTls
 from configs import Config, ConfigError
@@ -81,7 +82,7 @@ def _start(config: Config) -> FastAPI:
     settings = Settings.of(config, read_api_keys([], config.server.api_key_file))
     tls = ServerTls.of(config.server)
     cluster = RunningCluster(config)
-    backend = ClusterBackend(cluster)
+    backend = MeteredBackend(ClusterBackend(cluster), settings.names[0])
     app = build_app(backend, settings)
     app.state.backend = backend
 

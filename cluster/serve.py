@@ -19,6 +19,7 @@ from cluster.backend import ClusterBackend
 from cluster.http.app import build_app
 from cluster.http.settings import Settings
 from cluster.launch import RunningCluster, read_config
+from cluster.metered import MeteredBackend
 from cluster.serving import rpc_server, until_stopped
 from cluster.tls import ServerTls
 from configs import Config, ConfigError
@@ -137,7 +138,7 @@ def _serve(
 ) -> int:
     print(f"ringspan: loading {settings.names[0]} ...", flush=True)
     with RunningCluster(config) as cluster:
-        backend = ClusterBackend(cluster)
+        backend = MeteredBackend(ClusterBackend(cluster), settings.names[0])
         app = build_app(backend, settings)
 
         async def serve() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.chat_template import ChatTemplate
 from models.errors import CheckpointError, PromptError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -20,6 +21,9 @@ class Tokenizer:
     def __init__(self, backend: Any) -> None:
         """Take a tokenizer of transformers; see `load`."""
         self._backend = backend
+        self._template: ChatTemplate | None = None
+        if backend.chat_template:
+            self._template = ChatTemplate(backend.get_chat_template(), backend.special_tokens_map)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer | None":
@@ -48,28 +52,32 @@ class Tokenizer:
         """Return token ids, with the special tokens that the checkpoint adds (often a BOS)."""
         return self._encode(text, add_special_tokens=add_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
         """Return token ids of a conversation, up to where the assistant's answer begins.
 
-        Each message has a `role` and a `content`, both text.
+        Each message has a `role` and a `content`, both text. The template writes special tokens
+        itself. It runs in a process of its own: the first call takes a second.
 
         Raises:
             PromptError: The checkpoint has no chat template, or it does not take these messages.
         """
         _check_messages(messages)
-        if not self.has_chat_template:
+        if self._template is None:
             raise PromptError(
                 "This checkpoint has no chat template: send a completion with a plain prompt"
             )
-        try:
-            text = self._backend.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program of the checkpoint: it raises anything
-            raise PromptError(
-                f"The chat template does not take these messages: {_sentence(error)}"
-            ) from error
-        return self._encode(text, add_special_tokens=False)  # the template wrote its own
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._encode(text, add_special_tokens=add_special_tokens)
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Return each token as the vocabulary spells it."""
+        return [str(each) for each in self._backend.convert_ids_to_tokens(list(ids))]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids, with no spaces taken out.

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from actors.messages import (
     StepRecord,
     StepReport,
 )
+from actors.texts import Text, Tokens
 from cluster.backend import ModelFacts
 from cluster.rpc.limits import RpcLimits
 from cluster.rpc.server import RpcServer
@@ -174,6 +175,15 @@ class FakeBackend:
             for each in self.running
             if request_id in (None, each)
         ]
+
+    async def tokenize(self, text: Text) -> Tokens:
+        raise NotImplementedError
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        pass
 
     async def status(self) -> dict[str, Any]:
         return {"requests": len(self.running), "failure": self.failure}

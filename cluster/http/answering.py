@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +17,7 @@ from cluster.backend import Backend
 from cluster.http.answers import Answers, Whole
 from cluster.http.errors import ApiError, invalid, json_response
 from cluster.http.limits import Gate
-from cluster.http.metrics import Metrics
-from cluster.http.protocol import Asked, Usage
+from cluster.http.protocol import AnswerMetrics, Asked, Body, PromptLogprob, Usage
 from cluster.http.settings import Settings
 from cluster.http.sse import Chunks, EventStream, events, unless_gone
 from models.errors import PromptError
@@ -43,7 +42,9 @@ class Head:
 class Kind(Chunks, Protocol):
     """One kind of answer, whole and in chunks."""
 
-    def whole(self, wholes: Sequence[Whole], usage: Usage) -> BaseModel:
+    async def whole(
+        self, wholes: Sequence[Whole], usage: Usage, metrics: AnswerMetrics | None
+    ) -> BaseModel:
         """Return the body of all answers."""
         ...
 
@@ -56,26 +57,31 @@ class Server:
     settings: Settings
     gate: Gate
     keys: ApiKeys
-    metrics: Metrics
+    # By the id that its chunks tell: whose it is, and what is under way.
+    open: dict[str, tuple[str, Answers]] = field(default_factory=dict)
 
-    def head(self, prefix: str, asked: Asked) -> Head:
-        """Return an answer's head, under the name that the model was asked by.
+    def model_name(self, asked: str | None) -> str:
+        """Return the name that the model was asked by.
 
         Raises:
             ApiError: 404, there is no model of this name.
         """
         names = self.settings.names
-        if asked.model is not None and asked.model not in names:
+        if asked is not None and asked not in names:
             raise ApiError(
                 404,
-                f"there is no model {asked.model!r} here: it is served as {', '.join(names)}",
+                f"there is no model {asked!r} here: it is served as {', '.join(names)}",
                 code="model_not_found",
                 param="model",
             )
+        return asked or names[0]
+
+    def head(self, prefix: str, asked: Body) -> Head:
+        """Return an answer's head."""
         return Head(
             id=f"{prefix}-{secrets.token_hex(16)}",
             created=int(time.time()),
-            model=asked.model or names[0],
+            model=self.model_name(asked.model),
         )
 
     def salt(self, request: Request, asked: Asked) -> str:
@@ -92,7 +98,12 @@ class Server:
         return salt
 
     def requests(
-        self, prompts: Sequence[Mapping[str, Any]], params: SamplingParams, head: Head, salt: str
+        self,
+        prompts: Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        head: Head,
+        salt: str,
+        asked: Asked,
     ) -> list[messages.Request]:
         """Return one request for each prompt.
 
@@ -106,9 +117,18 @@ class Server:
                 f" {self.settings.max_answers} are given at once",
                 "n",
             )
+        reports = params.prompt_logprobs is not None or (
+            asked.return_token_ids and not asked.stream
+        )
         return [
             messages.Request(
-                request_id=f"{head.id}-{index}", params=params, cache_salt=salt, **prompt
+                request_id=f"{head.id}-{index}",
+                params=params,
+                cache_salt=salt,
+                priority=asked.priority,
+                deadline_s=asked.deadline_s,
+                reports=reports,
+                **prompt,
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -124,20 +144,36 @@ class Server:
         return np.asarray(ids, dtype=np.int32)
 
     async def answer(
-        self, request: Request, asked: Asked, requests: Sequence[messages.Request], kind: Kind
+        self,
+        request: Request,
+        asked: Asked,
+        requests: Sequence[messages.Request],
+        head: Head,
+        kind: Kind,
     ) -> Response:
         """Return all answers, whole or as a stream."""
-        answers = Answers(self.backend, requests, self.gate, self.metrics)
+        answers = Answers(self.backend, requests, self.gate)
+        self.open[head.id] = key_salt(request), answers
+
+        async def close() -> None:
+            self.open.pop(head.id, None)
+            await answers.close()
+
         try:
             if not asked.stream:
                 wholes = await unless_gone(answers.collect(), request.receive)
-                await answers.close()
+                await close()
                 if wholes is None:
                     return Response(status_code=GONE)
-                return json_response(kind.whole(wholes, answers.usage).model_dump())
-            await answers.begin(self.settings.first_wait_s)
+                metrics = answers.metrics if asked.include_metrics else None
+                told = await kind.whole(wholes, answers.usage, metrics)
+                return json_response(told.model_dump())
+            beginning = answers.begin(self.settings.first_wait_s)
+            if not await unless_gone(beginning, request.receive):
+                await close()
+                return Response(status_code=GONE)
         except BaseException:
-            await answers.close()
+            await close()
             raise
         options = asked.stream_options
         return EventStream(
@@ -146,11 +182,65 @@ class Server:
                 kind,
                 self.settings,
                 include_usage=options is not None and options.include_usage,
+                include_metrics=asked.include_metrics,
                 return_progress=asked.return_progress,
             ),
             self.settings.send_timeout_s,
-            answers.close,
+            close,
         )
+
+    async def cancel(self, request: Request, answer_id: str) -> None:
+        """End an answer with what it has.
+
+        Raises:
+            ApiError: 404, nothing of this id is under way, or it is another key's.
+        """
+        salt, answers = self.open.get(answer_id, (None, None))
+        if answers is None or salt != key_salt(request):
+            raise ApiError(
+                404,
+                f"no answer {answer_id!r} is under way: it has ended, or never was",
+                code="not_found",
+                param="id",
+            )
+        await answers.cancel()
+
+
+def key_salt(request: Request) -> str:
+    """Return what stands for the API key that a request came with; all are one without keys."""
+    salt: str = request.state.salt
+    return salt
+
+
+def prompt_fields(prompt: messages.PromptReport | None, asked: Asked) -> dict[str, Any]:
+    """Return what is told of a prompt, as fields of a body."""
+    if prompt is None:
+        return {}
+    told: dict[str, Any] = {}
+    if asked.return_token_ids:
+        told["prompt_token_ids"] = prompt.token_ids.tolist()
+    if asked.prompt_logprobs is not None and prompt.logprobs is not None:
+        count = asked.prompt_logprobs
+        told["prompt_logprobs"] = [
+            None
+            if place is None
+            else {
+                token_id: PromptLogprob(**vars(each))
+                for token_id, each in first_of(place, count).items()
+            }
+            for place in prompt.logprobs
+        ]
+    return told
+
+
+def first_of(place: messages.Logprobs, count: int) -> messages.Logprobs:
+    """Return of a place its own token and ``count`` of the likeliest (-1: all)."""
+    own = next(iter(place))
+    return {
+        token_id: each
+        for token_id, each in place.items()
+        if token_id == own or count < 0 or each.rank <= count
+    }
 
 
 def spelled(token_id: int, logprob: messages.Logprob) -> str:

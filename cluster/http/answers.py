@@ -2,17 +2,26 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from actors.messages import Logprobs, Progress, Request, RequestDelta
+from actors.errors import UnknownRequest
+from actors.messages import (
+    Logprobs,
+    Progress,
+    PromptReport,
+    Request,
+    RequestDelta,
+    RequestMetrics,
+)
 from cluster.backend import Backend
 from cluster.http.errors import ApiError, as_api_error
 from cluster.http.limits import Gate
-from cluster.http.metrics import Metrics
-from cluster.http.protocol import CachedTokens, Usage
+from cluster.http.protocol import AnswerMetrics, CachedTokens, Usage
 from models.errors import RingspanError
+
+CANCEL_TRIES = 50
+CANCEL_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Whole:
     logprobs: list[Logprobs] | None = None
     finish_reason: str = ""
     stop_reason: int | str | None = None
+    prompt: PromptReport | None = None  # where it was asked for
 
     def take(self, delta: RequestDelta) -> None:
         """Add a piece."""
@@ -46,9 +56,7 @@ class Whole:
 class Answers:
     """Streams of one or more requests as one. `close` cancels what has not ended."""
 
-    def __init__(
-        self, backend: Backend, requests: Sequence[Request], gate: Gate, metrics: Metrics
-    ) -> None:
+    def __init__(self, backend: Backend, requests: Sequence[Request], gate: Gate) -> None:
         """Begin all requests at once.
 
         Raises:
@@ -57,10 +65,11 @@ class Answers:
         self._backend = backend
         self._requests = requests
         self._gate = gate
-        self._metrics = metrics
         self._news: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         self._peeked: Piece | ApiError | None = None
         self._prompts: dict[int, tuple[int, int]] = {}  # by request: tokens, and cached ones
+        self._reports: dict[int, PromptReport] = {}  # by request
+        self._times: list[RequestMetrics] = []  # of the requests that have ended
         self._completion_tokens = 0
         self._to_end = sum(request.params.n for request in requests)
         self._stack = contextlib.ExitStack()
@@ -90,11 +99,41 @@ class Answers:
             ),
         )
 
-    async def begin(self, wait_s: float) -> None:
-        """Wait a moment for the first news, and raise it where it is an error."""
+    @property
+    def metrics(self) -> AnswerMetrics | None:
+        """The times so far, or None where no request has ended."""
+        if not self._times:
+            return None
+        first_s = min(each.ttft_s for each in self._times)
+        generation_s = max(0.0, max(each.total_s for each in self._times) - first_s)
+        answers = sum(request.params.n for request in self._requests)
+        gaps = self._completion_tokens - answers
+        return AnswerMetrics(
+            time_to_first_token_ms=first_s * 1e3,
+            queue_time_ms=min(each.queue_s for each in self._times) * 1e3,
+            generation_time_ms=generation_s * 1e3,
+            mean_itl_ms=generation_s * answers / gaps * 1e3 if gaps > 0 else None,
+            tokens_per_second=self._completion_tokens / generation_s if generation_s else None,
+        )
+
+    async def cancel(self) -> None:
+        """End what has not ended, with what it has; whoever reads is told so."""
+        for _ in range(CANCEL_TRIES):
+            was_there = False
+            for request in self._requests:
+                with contextlib.suppress(UnknownRequest):
+                    await self._backend.cancel(request.request_id)
+                    was_there = True
+            if was_there or self.ended:
+                return
+            await asyncio.sleep(CANCEL_PAUSE_S)  # they are still on their way to the cluster
+
+    async def begin(self, wait_s: float) -> bool:
+        """Wait a moment for the first news, and raise it where it is an error; True, when done."""
         self._peeked = await self._next(wait_s)
         if isinstance(self._peeked, ApiError):
             raise self._peeked
+        return True
 
     async def next(self, timeout_s: float | None = None) -> Piece | None:
         """Return what is new, or None where nothing is within ``timeout_s``.
@@ -115,6 +154,10 @@ class Answers:
             self._prompts[request] = delta.prompt_tokens, delta.num_cached_tokens
         self._completion_tokens += len(delta.token_ids)
         self._to_end -= delta.finish_reason is not None
+        if delta.metrics is not None:
+            self._times.append(delta.metrics)
+        if delta.prompt is not None:
+            self._reports[request] = delta.prompt
         return news
 
     async def collect(self) -> list[Whole]:
@@ -124,6 +167,8 @@ class Answers:
             piece = await self.next()
             if piece is not None:
                 wholes[piece.choice].take(piece.delta)
+        for choice, whole in enumerate(wholes):
+            whole.prompt = self._reports.get(choice // self._requests[0].params.n)
         return wholes
 
     async def progress(self) -> Progress | None:
@@ -148,12 +193,10 @@ class Answers:
 
     async def _pump(self, index: int, request: Request) -> None:
         """Bring the news of one request."""
-        watch = self._metrics.watch(time.perf_counter())
         first = index * request.params.n
         stream = self._backend.stream(request)
         try:
             async for delta in stream:
-                watch.take(delta, time.perf_counter())
                 self._news.put_nowait(Piece(first + delta.index, delta))
         except Exception as error:
             self._news.put_nowait(as_api_error(error, self._gate.retry_after_s))
@@ -161,4 +204,3 @@ class Answers:
             # Closing the stream early is what cancels the request.
             if hasattr(stream, "aclose"):
                 await stream.aclose()
-            watch.close()

@@ -6,10 +6,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from actors.messages import Logprob, Logprobs
-from cluster.http.answering import Head, Server, spelled
+from cluster.http.answering import Head, Server, prompt_fields, spelled
 from cluster.http.answers import Piece, Whole
 from cluster.http.protocol import (
     AnswerMessage,
+    AnswerMetrics,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -30,9 +31,8 @@ async def chat(server: Server, request: Request, asked: ChatRequest) -> Response
     salt = server.salt(request, asked)
     params = chat_params(asked, server.backend.facts.max_model_len)
     prompt = {"messages": tuple(message.for_template() for message in asked.messages)}
-    requests = server.requests([prompt], params, head, salt)
-    kind = Chats(head, params.n, params.logprobs or 0, asked.return_token_ids)
-    return await server.answer(request, asked, requests, kind)
+    requests = server.requests([prompt], params, head, salt, asked)
+    return await server.answer(request, asked, requests, head, Chats(head, asked))
 
 
 def chat_params(asked: ChatRequest, max_tokens: int) -> SamplingParams:
@@ -41,6 +41,7 @@ def chat_params(asked: ChatRequest, max_tokens: int) -> SamplingParams:
     return SamplingParams(
         max_tokens=next(tokens for tokens in given if tokens is not None),
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        prompt_logprobs=asked.prompt_logprobs,
         **asked.sampling(),
     )
 
@@ -48,12 +49,13 @@ def chat_params(asked: ChatRequest, max_tokens: int) -> SamplingParams:
 class Chats:
     """The bodies of one call's answers."""
 
-    def __init__(self, head: Head, n: int, top_logprobs: int, with_token_ids: bool) -> None:
+    def __init__(self, head: Head, asked: ChatRequest) -> None:
         """Take what is asked of them."""
         self._head = head
-        self._n = n
-        self._top_logprobs = top_logprobs
-        self._with_token_ids = with_token_ids
+        self._n = asked.n
+        self._top_logprobs = asked.top_logprobs or 0
+        self._asked = asked
+        self._with_token_ids = asked.return_token_ids
 
     def first(self) -> Iterable[ChatChunk]:
         """Return who speaks, for each answer."""
@@ -81,11 +83,13 @@ class Chats:
         """Return a chunk without answers."""
         return ChatChunk(**self._head.fields(), choices=[], prompt_progress=progress)
 
-    def usage(self, usage: Usage) -> ChatChunk:
+    def usage(self, usage: Usage | None, metrics: AnswerMetrics | None) -> ChatChunk:
         """Return the last chunk."""
-        return ChatChunk(**self._head.fields(), choices=[], usage=usage)
+        return ChatChunk(**self._head.fields(), choices=[], usage=usage, metrics=metrics)
 
-    def whole(self, wholes: Sequence[Whole], usage: Usage) -> ChatCompletion:
+    async def whole(
+        self, wholes: Sequence[Whole], usage: Usage, metrics: AnswerMetrics | None
+    ) -> ChatCompletion:
         """Return the body of all answers."""
         choices = [
             ChatChoice(
@@ -98,7 +102,13 @@ class Chats:
             )
             for index, whole in enumerate(wholes)
         ]
-        return ChatCompletion(**self._head.fields(), choices=choices, usage=usage)
+        return ChatCompletion(
+            **self._head.fields(),
+            choices=choices,
+            usage=usage,
+            metrics=metrics,
+            **prompt_fields(wholes[0].prompt, self._asked),
+        )
 
     def _logprobs(self, logprobs: Sequence[Logprobs] | None) -> ChatLogprobs | None:
         if logprobs is None:

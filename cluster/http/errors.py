@@ -8,6 +8,7 @@ import json
 import logging
 import traceback
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,7 @@ from cluster.api_keys import Unauthenticated
 from models.errors import PromptError, SamplingError
 
 logger = logging.getLogger("ringspan.http")
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # X-Request-Id, for the log
 
 SHOWN_CHARACTERS = 500  # of a message, which may quote what a client sent
 # Of fields that take several forms, for pydantic tells what is wrong with each form.
@@ -117,10 +119,10 @@ def as_api_error(error: BaseException, retry_after_s: int) -> ApiError:
 def log_error(error: BaseException) -> None:
     """Say in the log what failed and where; messages of others' errors may quote a prompt."""
     if isinstance(error, ClusterError):
-        logger.error("%s: %s", type(error).__name__, error)
+        logger.error("request %s: %s: %s", REQUEST_ID.get(), type(error).__name__, error)
         return
     stack = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("%s at\n%s", type(error).__name__, stack)
+    logger.error("request %s: %s at\n%s", REQUEST_ID.get(), type(error).__name__, stack)
 
 
 def _first_word(message: str) -> str | None:

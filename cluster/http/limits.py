@@ -5,15 +5,23 @@ All of it is asked before a body is read, and again while it comes in.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api_keys import ApiKeys
-from cluster.http.errors import ApiError, as_api_error
+from cluster.http.errors import REQUEST_ID, ApiError, as_api_error
 
 # What tells no prompt and no answer: probes and dashboards have no key.
-OPEN_PATHS = frozenset({"/health", "/metrics", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/openapi.json"})
+CANCEL_PATHS = "/v1/cancel/"  # holds nothing, and must work where all places are taken
+REQUEST_ID_HEADER = b"x-request-id"
+MOST_ID_BYTES = 128
+
+
+def _is_request_id(value: bytes) -> bool:
+    return 0 < len(value) <= MOST_ID_BYTES and all(0x21 <= byte <= 0x7E for byte in value)
 
 
 class Gate:
@@ -87,7 +95,10 @@ class Gate:
 
 
 class FrontDoor:
-    """ASGI middleware around the whole app; the tenant's salt is left in ``request.state``."""
+    """ASGI middleware around the whole app; the tenant's salt is left in ``request.state``.
+
+    Every answer has the X-Request-Id that its request had, or one of ours.
+    """
 
     def __init__(
         self,
@@ -111,26 +122,42 @@ class FrontDoor:
             await self._app(scope, receive, send)
             return
         begun = False
+        headers = dict(scope["headers"])
+        given = headers.get(REQUEST_ID_HEADER)
+        is_right = given is not None and _is_request_id(given)
+        request_id = given if given is not None and is_right else secrets.token_hex(8).encode()
+        REQUEST_ID.set(request_id.decode("ascii"))
 
         async def note(message: Message) -> None:
             nonlocal begun
             begun = True
+            if message["type"] == "http.response.start":
+                told = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id)]
+                message = {**message, "headers": told}
             await send(message)
 
         try:
-            await self._pass(scope, receive, note)
+            if given is not None and not is_right:
+                raise ApiError(
+                    400,
+                    f"X-Request-Id must be 1 to {MOST_ID_BYTES} printable ASCII characters without"
+                    " spaces",
+                    code="invalid_header",
+                )
+            await self._pass(scope, headers, receive, note)
         except Exception as error:  # a client never sees a stack
             told = as_api_error(error, self._gate.retry_after_s)
             if not begun:
-                await told.response()(scope, receive, send)
+                await told.response()(scope, receive, note)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+    async def _pass(
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
         with contextlib.ExitStack() as stack:
             if scope["path"] not in OPEN_PATHS:
                 salt = self._keys.tenant(headers.get(b"authorization"))
                 scope.setdefault("state", {})["salt"] = salt
-                if scope["method"] != "GET":
+                if scope["method"] != "GET" and not scope["path"].startswith(CANCEL_PATHS):
                     stack.enter_context(self._gate.admit())
             length = headers.get(b"content-length", b"0")
             if not length.isdigit() or len(length) > 18:

@@ -23,6 +23,7 @@ from pydantic import (
 
 MOST_STOPS = 16
 MOST_IDS = 1024  # of stop_token_ids, and entries of logit_bias and bad_words
+MOST_DEADLINE_S = 1e7
 INT64 = 2**63
 
 Integer = Annotated[int, Strict(), Field(ge=-INT64, lt=INT64)]
@@ -59,7 +60,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "prompt_logprobs": (),
+    # A template is a program: the checkpoint's own is taken, and none that a client brings.
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
     "audio": (),
     "prediction": (),
     "reasoning_effort": (),
@@ -94,13 +99,36 @@ class StreamOptions(BaseModel):
     include_usage: Flag = False
 
 
-class Asked(BaseModel):
-    """What completions and chats have in common."""
+class Body(BaseModel):
+    """A body of which every field is known."""
 
     model_config = ConfigDict(extra="ignore")  # `_known` has refused what is unknown
     only_neutral: ClassVar[Mapping[str, tuple[object, ...]]] = NEUTRAL
 
     model: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: object) -> object:
+        """Refuse the first field that would change the answer and is not supported."""
+        if not isinstance(body, dict):
+            return body
+        kept: dict[str, object] = {}
+        for name, value in body.items():
+            if value is None or name in IGNORED:
+                continue
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name not in cls.only_neutral:
+                raise ValueError(f"unknown field {name[:100]!r}")
+            elif not any(type(value) is type(ok) and value == ok for ok in NEUTRAL[name]):
+                raise ValueError(f"{name} is not supported: leave it out")
+        return kept
+
+
+class Asked(Body):
+    """What completions and chats have in common."""
+
     n: Integer = 1
     stream: Flag = False
     stream_options: StreamOptions | None = None
@@ -127,29 +155,16 @@ class Asked(BaseModel):
     skip_special_tokens: Flag = True
     bad_words: StopTexts | None = None
     return_token_ids: Flag = False
+    prompt_logprobs: Integer | None = None
     cache_salt: Annotated[str, Strict(), StringConstraints(min_length=1, max_length=256)] | None = (
         None
     )
+    priority: Integer = 0  # a lower one goes first
+    include_metrics: Flag = False
     # llama.cpp's: chunks with how far the prefill is.
     return_progress: Flag = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, body: object) -> object:
-        """Refuse the first field that would change the answer and is not supported."""
-        if not isinstance(body, dict):
-            return body
-        kept: dict[str, object] = {}
-        for name, value in body.items():
-            if value is None or name in IGNORED:
-                continue
-            if name in cls.model_fields:
-                kept[name] = value
-            elif name not in cls.only_neutral:
-                raise ValueError(f"unknown field {name[:100]!r}")
-            elif not any(type(value) is type(ok) and value == ok for ok in NEUTRAL[name]):
-                raise ValueError(f"{name} is not supported: leave it out")
-        return kept
+    # Our own: from the arrival; then the answer ends with what it has.
+    deadline_s: Annotated[Number, Field(gt=0, le=MOST_DEADLINE_S)] | None = None
 
     @model_validator(mode="after")
     def _stream_fields(self) -> "Asked":
@@ -157,6 +172,8 @@ class Asked(BaseModel):
             raise ValueError("stream_options is for stream: true only")
         if self.return_progress and not self.stream:
             raise ValueError("return_progress is for stream: true only")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is for stream: false only")
         return self
 
     def sampling(self) -> dict[str, Any]:
@@ -179,6 +196,13 @@ class CompletionRequest(Asked):
     prompt: Prompts
     max_tokens: Integer = 16
     logprobs: Integer | None = None
+    echo: Flag = False  # the prompt comes before its answer, with logprobs of its tokens too
+
+    @model_validator(mode="after")
+    def _echo_fields(self) -> "CompletionRequest":
+        if self.echo and self.stream and self.logprobs is not None:
+            raise ValueError("echo with logprobs is for stream: false only")
+        return self
 
 
 class TextPart(BaseModel):
@@ -222,6 +246,56 @@ class ChatRequest(Asked):
         return self
 
 
+class TokenizeRequest(Body):
+    """The body of POST /tokenize, vLLM's: a text, or a conversation in the model's template."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
+    add_special_tokens: Flag | None = None  # None: those of a text; a template writes its own
+    add_generation_prompt: Flag = True
+    return_token_strs: Flag = False
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """The body of POST /detokenize, vLLM's."""
+
+    tokens: TokenIdList
+
+
+class Tokenized(BaseModel):
+    """The answer to `TokenizeRequest`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(BaseModel):
+    """The answer to `DetokenizeRequest`."""
+
+    prompt: str
+
+
+class Version(BaseModel):
+    """The answer of GET /version."""
+
+    version: str
+
+
+class Cancelled(BaseModel):
+    """The answer of POST /v1/cancel/{id}."""
+
+    id: str
+    cancelled: Literal[True] = True
+
+
 class CachedTokens(BaseModel):
     """Of the prompt's tokens, those that were not computed for it."""
 
@@ -237,13 +311,38 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
+class AnswerMetrics(BaseModel):
+    """Times of a call, vLLM's; null where there is no token, or only one, to measure between.
+
+    Of several answers: from the first token of all to the last, and the mean of their gaps.
+    """
+
+    time_to_first_token_ms: float
+    queue_time_ms: float
+    generation_time_ms: float
+    mean_itl_ms: float | None
+    tokens_per_second: float | None
+
+
 class CompletionLogprobs(BaseModel):
     """Of each token of an answer, or of a piece of it."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # null for a prompt's first token
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]  # of the token in the answer's text
+
+
+class PromptLogprob(BaseModel):
+    """A token that could have been in a prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+# By token id; null for the first token.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 class CompletionChoice(BaseModel):
@@ -255,6 +354,8 @@ class CompletionChoice(BaseModel):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class PromptProgress(BaseModel):
@@ -275,6 +376,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    metrics: AnswerMetrics | None = None
     prompt_progress: PromptProgress | None = None
 
 
@@ -325,6 +427,9 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    metrics: AnswerMetrics | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -347,6 +452,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    metrics: AnswerMetrics | None = None
     prompt_progress: PromptProgress | None = None
 
 

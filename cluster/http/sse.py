@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from actors.messages import RequestDelta
 from cluster.http.answers import Answers, Piece
 from cluster.http.errors import as_api_error
-from cluster.http.protocol import PromptProgress, Usage
+from cluster.http.protocol import AnswerMetrics, PromptProgress, Usage
 from cluster.http.settings import Settings
 
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients skip it
@@ -38,7 +38,7 @@ class Chunks(Protocol):
         """Return a chunk without answers that tells how far the prefill is."""
         ...
 
-    def usage(self, usage: Usage) -> BaseModel:
+    def usage(self, usage: Usage | None, metrics: AnswerMetrics | None) -> BaseModel:
         """Return the chunk behind all answers."""
         ...
 
@@ -49,6 +49,7 @@ async def events(
     settings: Settings,
     *,
     include_usage: bool,
+    include_metrics: bool,
     return_progress: bool,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a stream; an error on the way is told as its last one."""
@@ -76,8 +77,9 @@ async def events(
             for event in new:
                 yield event
                 sent_s = now_s
-        if include_usage:
-            yield _data(chunks.usage(answers.usage))
+        if include_usage or include_metrics:
+            usage = answers.usage if include_usage else None
+            yield _data(chunks.usage(usage, answers.metrics if include_metrics else None))
     except Exception as error:
         yield b"data: %s\n\n" % _encode(as_api_error(error, settings.retry_after_s).body())
     finally:

@@ -157,6 +157,8 @@ def _told(method: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Awa
     async def call(message: Any, context: Context) -> Any:
         try:
             return await method(message, context)
+        except grpc.aio.InternalError:
+            return None  # a write to a caller who has gone: nobody is there to be told
         except Exception as error:
             return await _abort(context, error)
 

@@ -221,6 +221,67 @@ def test_chat_streamed_and_whole(client: openai.OpenAI, expected: Expected) -> N
     )
 
 
+def test_prompts_are_scored(client: openai.OpenAI, served: Served) -> None:
+    """``echo`` with ``logprobs`` and ``prompt_logprobs`` tell the same, token by token."""
+    told = ask(
+        client,
+        prompt=PROMPTS[0],
+        max_tokens=1,
+        temperature=0,
+        echo=True,
+        logprobs=1,
+        extra_body={"prompt_logprobs": 1, "return_token_ids": True},
+    ).choices[0]
+    ids = told.prompt_token_ids
+    assert told.text.startswith(PROMPTS[0])
+    assert told.prompt_logprobs[0] is told.logprobs.token_logprobs[0] is None
+    places = zip(ids[1:], told.prompt_logprobs[1:], strict=True)
+    own = [place[str(token)]["logprob"] for token, place in places]
+    assert told.logprobs.token_logprobs[1:-1] == pytest.approx(own)
+
+    secret = {"Authorization": f"Bearer {KEY}"}
+    cut = {"prompt": PROMPTS[0], "return_token_strs": True}
+    tokens = httpx.post(f"{served.url}/tokenize", json=cut, headers=secret, timeout=60).json()
+    assert tokens["tokens"] == ids
+    assert len(tokens["token_strs"]) == tokens["count"] == len(ids)
+    back = {"tokens": ids}
+    text = httpx.post(f"{served.url}/detokenize", json=back, headers=secret, timeout=60).json()
+    assert text["prompt"].endswith(PROMPTS[0])
+    chat = {"messages": [{"role": "user", "content": PROMPTS[0]}]}
+    told = httpx.post(f"{served.url}/tokenize", json=chat, headers=secret, timeout=60).json()
+    assert ids[-told["count"] :] == told["tokens"]
+
+
+def test_cancel_by_the_id_that_chunks_tell(client: openai.OpenAI, served: Served) -> None:
+    """The stream ends with what it has, and says so."""
+    body = {"ignore_eos": True}
+    stream = client.completions.create(
+        model="needle", prompt="a", max_tokens=100_000, stream=True, extra_body=body
+    )
+    chunk = next(iter(stream))
+    gone = f"{served.url}/v1/cancel/{chunk.id}"
+    assert httpx.post(gone, timeout=60).status_code == 401
+    secret = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(gone, headers=secret, timeout=60).json()["cancelled"] is True
+    *_, last = stream
+    assert str(last.choices[0].finish_reason) == "abort"
+    assert httpx.post(gone, headers=secret, timeout=60).status_code == 404
+
+
+def test_metrics_of_the_ring(client: openai.OpenAI, served: Served) -> None:
+    """Steps by what went round, the ranks' parts, and prompts that were there."""
+    for _ in range(2):
+        ask(client, prompt=PROMPTS[0], max_tokens=2)
+    assert served.metric("cp_choice_total") > 0
+    assert served.metric("cp_choice_total") == served.metric("cp_ring_step_seconds_count")
+    assert served.metric("rank_part_seconds_total") > 0
+    assert (
+        0 < served.metric("prefix_cache_hits_total") < served.metric("prefix_cache_queries_total")
+    )
+    assert served.metric("cached_tokens_total") == served.metric("prefix_cache_hits_total")
+    assert 0 <= served.metric("rank_heartbeat_age_seconds") < 60
+
+
 def test_stop_ends_a_text(client: openai.OpenAI, expected: Expected) -> None:
     text = expected.greedy[0].outputs[0].text
     told = ask(client, prompt=PROMPTS[0], max_tokens=12, temperature=0, stop=text[2:4])
@@ -241,6 +302,7 @@ def test_client_reads_the_errors(client: openai.OpenAI, served: Served) -> None:
     with pytest.raises(openai.AuthenticationError):
         ask(client.with_options(api_key="wrong"), prompt="a")
     assert [model.id for model in client.models.list()] == ["needle"]
+    assert client.models.retrieve("needle").object == "model"
     assert httpx.get(f"{served.url}/health", timeout=60).status_code == 200
 
 

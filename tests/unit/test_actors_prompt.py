@@ -1,6 +1,6 @@
 """A request becomes token ids, or one sentence on why it cannot."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,13 +17,14 @@ MAX_MODEL_LEN = 8
 class LetterBackend:
     """Of transformers' interface what `Tokenizer` uses; a letter's token is its code point."""
 
-    chat_template = "yes"
+    chat_template = "{{ messages | map(attribute='content') | join('>') }}"
+    special_tokens_map: ClassVar[dict[str, str]] = {}
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text if letter != " "]}
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
-        return ">".join(message["content"] for message in messages)
+    def get_chat_template(self) -> str:
+        return self.chat_template
 
 
 def encode(tokenizer: Tokenizer | None = None, **prompt: Any) -> list[int]:

@@ -108,6 +108,13 @@ def test_no_chat_template(tmp_path: Path) -> None:
         load(write_tokenizer(tmp_path, None)).encode_chat([{"role": "user", "content": "hi"}])
 
 
+def test_template_of_a_checkpoint_reaches_nothing(tmp_path: Path) -> None:
+    """It came with the weights, from wherever these did."""
+    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(PromptError, match="does not take these messages: access to attribute"):
+        load(write_tokenizer(tmp_path, attack)).encode_chat([{"role": "user", "content": "hi"}])
+
+
 @pytest.mark.parametrize("text", ["{", json.dumps({"version": "1.0"})])
 def test_damaged_tokenizer(tmp_path: Path, text: str) -> None:
     (write_tokenizer(tmp_path) / "tokenizer.json").write_text(text)

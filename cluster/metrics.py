@@ -1,18 +1,18 @@
 """Prometheus metrics of one server: vLLM's names under ``ringspan:``, and what only a ring has.
 
-Counters and histograms are of the requests that came through this server; what the cluster
-itself counts is read from its status when the page is asked for.
+Counters and histograms are of the requests that came through this server, by HTTP or gRPC; what
+the cluster itself counts is read from its status when the page is asked for.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
 from actors.messages import RequestDelta
+from cluster.status_metrics import PREFIX, StatusFamilies
 
-PREFIX = "ringspan:"
 # A prompt of a million tokens may take an hour, a token of a small model a millisecond.
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300, 1000, 3000)
 TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
@@ -24,6 +24,7 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         """Begin at zero, with a registry of its own."""
         self._model_name = model_name
+        self._families = StatusFamilies(model_name)
         self._registry = CollectorRegistry()
         self._status: Mapping[str, Any] | None = None
         self._registry.register(self)
@@ -51,14 +52,20 @@ class Metrics:
         self.queue_s = self._histogram(
             "request_queue_time_seconds", "From a request's arrival to its first step.", SECONDS
         )
+        self.prefill_s = self._histogram(
+            "request_prefill_time_seconds", "From its first step to its first token.", SECONDS
+        )
+        self.decode_s = self._histogram(
+            "request_decode_time_seconds", "From its first token to its last.", SECONDS
+        )
 
     def success(self, reason: str) -> None:
         """Count an answer that ended."""
         self._success.labels(self._model_name, reason).inc()
 
-    def watch(self, begin_s: float) -> "Watch":
-        """Return what watches one request that begins now."""
-        return Watch(self, begin_s)
+    def watch(self, begin_s: float, answers: int) -> "Watch":
+        """Return what watches one request of so many answers that begins now."""
+        return Watch(self, begin_s, answers)
 
     def page(self, status: Mapping[str, Any] | None) -> bytes:
         """Return the page; without a status it says nothing of the cluster but that it is down."""
@@ -70,31 +77,8 @@ class Metrics:
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """Yield what the cluster says of itself."""
-        status = self._status
-        up = status is not None and status.get("failure") is None
-        yield self._gauge("up", "1 where the coordinator answers and no rank is lost.", up)
-        if status is None:
-            return
-        yield self._gauge("num_requests_running", "Answers that run.", status["running"])
-        yield self._gauge("num_requests_waiting", "Answers that wait.", status["waiting"])
-        pages = status["pages"]
-        total = sum(each["total"] for each in pages)
-        used = sum(each["running"] for each in pages)
-        yield self._gauge(
-            "kv_cache_usage_perc", "Share of KV pages that answers hold.", used / max(1, total)
-        )
-        yield self._total("num_preemptions", "Answers put back.", status["preemptions"])
-        yield self._total("steps", "Steps of the ranks.", status["steps"])
-        restore = status.get("restore")
-        if restore is not None:
-            yield self._total("kv_restores", "Prefixes brought back.", restore["restores"])
-            yield self._total("kv_restore_tokens", "Tokens of these.", restore["tokens"])
-            yield self._total(
-                "kv_restore_recomputed_tokens",
-                "Tokens computed anew meanwhile.",
-                restore["recomputed_tokens"],
-            )
+        """Return what the cluster says of itself."""
+        return self._families.of(self._status)
 
     def _counter(self, name: str, text: str) -> Counter:
         counter = Counter(PREFIX + name, text, ["model_name"], registry=self._registry)
@@ -106,26 +90,16 @@ class Metrics:
         )
         return histogram.labels(self._model_name)
 
-    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
-        family.add_metric([self._model_name], value)
-        return family
-
-    def _total(self, name: str, text: str, value: float) -> CounterMetricFamily:
-        family = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
-        family.add_metric([self._model_name], value)
-        return family
-
 
 class Watch:
     """The times of one request, as its pieces come."""
 
-    def __init__(self, metrics: Metrics, begin_s: float) -> None:
+    def __init__(self, metrics: Metrics, begin_s: float, answers: int) -> None:
         """Begin the clock."""
         self._metrics = metrics
         self._begin_s = begin_s
         self._told_s: dict[int, float] = {}  # of each answer, its last token
-        self._ended = False
+        self._to_end = answers
 
     def take(self, delta: RequestDelta, now_s: float) -> None:
         """Note a piece."""
@@ -144,12 +118,16 @@ class Watch:
             metrics.generation_tokens.inc(tokens)
         if delta.finish_reason is not None:
             metrics.success(delta.finish_reason)
-        if delta.metrics is not None:
-            metrics.queue_s.observe(delta.metrics.queue_s)
-            metrics.e2e_s.observe(now_s - self._begin_s)
-            self._ended = True
+            self._to_end -= 1
+            if not self._to_end:
+                metrics.e2e_s.observe(now_s - self._begin_s)
+        times = delta.metrics
+        if times is not None:
+            metrics.queue_s.observe(times.queue_s)
+            metrics.prefill_s.observe(max(0.0, times.ttft_s - times.queue_s))
+            metrics.decode_s.observe(max(0.0, times.total_s - times.ttft_s))
 
     def close(self) -> None:
         """Count the request as left, where it has not ended."""
-        if not self._ended:
+        if self._to_end > 0:
             self._metrics.aborted.inc()
