@@ -25,10 +25,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def _add_commands(commands: Any) -> None:
-    from cluster import bench, check, demo, generate, kv, serve, trace
+    from cluster import bench, chat, check, demo, generate, kv, serve, trace
 
     generate.add_command(commands)
     serve.add_command(commands)
+    chat.add_command(commands)
     trace.add_command(commands)
     kv.add_command(commands)
     check.add_command(commands)
