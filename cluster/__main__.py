@@ -1,6 +1,7 @@
 """The command line: ``ringspan COMMAND ...`` or ``python -m cluster COMMAND ...``."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,10 +26,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def _add_commands(commands: Any) -> None:
-    from cluster import bench, check, demo, generate, kv, serve, trace
+    from cluster import bench, chat, check, demo, generate, kv, serve, trace
 
     generate.add_command(commands)
     serve.add_command(commands)
+    chat.add_command(commands)
     trace.add_command(commands)
     kv.add_command(commands)
     check.add_command(commands)
@@ -60,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    # gRPC's own log of what an error says better.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         status: int = options.run(options)
     except (RingspanError, ConfigError) as error:
