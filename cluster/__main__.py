@@ -41,6 +41,8 @@ def _add_commands(commands: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
+    # gRPC's own log of what an error says better; read when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     parser = Parser(prog="ringspan", description="Exact inference over contexts sharded on a ring.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -62,8 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    # gRPC's own log of what an error says better.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         status: int = options.run(options)
     except (RingspanError, ConfigError) as error:
