@@ -9,6 +9,7 @@ import pytest
 from cluster import bench
 
 
+@pytest.mark.campaign
 def test_all_doors_answer_alike(
     shared_ray: None, needle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
