@@ -22,6 +22,8 @@ from cluster.bench import (
     restore,
     restore_report,
     runs,
+    serve,
+    serve_report,
     speed,
     tiers,
 )
@@ -84,6 +86,12 @@ KINDS = {
         requests.add_flags,
         requests.measure,
         requests.table,
+    ),
+    "serve": Kind(
+        "a served load through the handle, gRPC and HTTP: latencies, goodput, the doors' cost",
+        serve.add_flags,
+        serve.measure,
+        serve_report.table,
     ),
     "offload": Kind(
         "steps with and without write-behind, and a prompt from the KV store or computed anew",
@@ -153,7 +161,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _measure(kind: Kind, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    if not kind.has_model:
+    runs_already = getattr(options, "url", None) or getattr(options, "target", None)
+    if not kind.has_model or runs_already:
         return kind.measure(options, directory / "model", directory / "scratch")
     checkpoint = _checkpoint(options.model, directory / "model")
     owns_ray = connect_ray(None)
@@ -264,6 +273,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "new_tokens": read_count,
     "ranks": read_count,
     "streams": read_count,
+    "num_prompts": read_count,
     "prompt": read_count,
     # Time between tokens needs two of them.
     "answer": lambda name, value: read_count(name, value, least=2),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench.restore_picture import draw_cases
+from cluster.bench.serve_picture import draw_loads
 from models.errors import RingspanError
 
 Axes = Any  # of matplotlib, which is imported only where a picture is drawn
@@ -36,6 +37,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
             -(-count // columns), columns, squeeze=False, figsize=(13, 9), layout="constrained"
         )
         draw_cases(report["cases"], panels.flat)
+        figure.suptitle(title)
+    elif report["kind"] == "serve":
+        figure, panels = pyplot.subplots(1, 3, figsize=(14, 5), layout="constrained")
+        draw_loads(report["loads"], panels)
         figure.suptitle(title)
     else:
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
