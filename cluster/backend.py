@@ -36,7 +36,10 @@ class Backend(Protocol):
         ...
 
     def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
-        """Answer a request piece by piece; whoever closes the iterator early cancels it."""
+        """Answer a request piece by piece; whoever closes the iterator early cancels it.
+
+        It may begin before the iterator is asked: who never asks must `cancel`.
+        """
         ...
 
     async def cancel(self, request_id: str) -> None:
@@ -78,9 +81,11 @@ class ClusterBackend:
         info = self._cluster.info
         return ModelFacts(max_model_len=info.max_model_len, has_tokenizer=info.has_tokenizer)
 
-    async def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
-        """Answer a request piece by piece; whoever closes the iterator early cancels it."""
-        references = self._cluster.submit("stream", request)
+    def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
+        """See `Backend`: it begins at once, while a server still writes to its client."""
+        return self._deltas(request, self._cluster.submit("stream", request))
+
+    async def _deltas(self, request: Request, references: Any) -> AsyncIterator[RequestDelta]:
         has_begun = ended = False
         try:
             async for reference in references:

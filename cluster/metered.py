@@ -23,10 +23,15 @@ class MeteredBackend:
         """See `Backend`."""
         return self._backend.facts
 
-    async def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
+    def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
         """See `Backend`."""
-        watch = self.metrics.watch(time.perf_counter(), request.params.n)
-        deltas = self._backend.stream(request)
+        begin_s = time.perf_counter()
+        return self._watched(request, begin_s, self._backend.stream(request))
+
+    async def _watched(
+        self, request: Request, begin_s: float, deltas: AsyncIterator[RequestDelta]
+    ) -> AsyncIterator[RequestDelta]:
+        watch = self.metrics.watch(begin_s, request.params.n)
         try:
             async for delta in deltas:
                 watch.take(delta, time.perf_counter())

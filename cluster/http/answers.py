@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from actors.errors import UnknownRequest
@@ -194,13 +194,14 @@ class Answers:
     async def _pump(self, index: int, request: Request) -> None:
         """Bring the news of one request."""
         first = index * request.params.n
-        stream = self._backend.stream(request)
+        stream: AsyncIterator[RequestDelta] | None = None
         try:
+            stream = self._backend.stream(request)
             async for delta in stream:
                 self._news.put_nowait(Piece(first + delta.index, delta))
         except Exception as error:
             self._news.put_nowait(as_api_error(error, self._gate.retry_after_s))
         finally:
             # Closing the stream early is what cancels the request.
-            if hasattr(stream, "aclose"):
+            if stream is not None and hasattr(stream, "aclose"):
                 await stream.aclose()

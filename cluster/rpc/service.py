@@ -76,8 +76,6 @@ class InferenceService:
                 cache_salt=cache_salt(tenant, asked.cache_salt),
             )
             try:
-                started = pb.Started(request_id=asked.request_id)
-                await context.write(pb.GenerateResponse(started=started))
                 await self._answer(stream, request, context)
             finally:
                 if self._streams.get((tenant, stream.client_id)) is stream:
@@ -153,7 +151,8 @@ class InferenceService:
         limit_s = self._limits.upload_timeout_s
         while True:
             try:
-                message = await asyncio.wait_for(anext(upload), limit_s)
+                async with asyncio.timeout(limit_s):
+                    message = await anext(upload)
             except StopAsyncIteration:
                 break
             except TimeoutError:
@@ -182,6 +181,8 @@ class InferenceService:
         to_end = request.params.n
         deltas = self._backend.stream(request)
         try:
+            started = pb.Started(request_id=stream.client_id)
+            await context.write(pb.GenerateResponse(started=started))
             while to_end:
                 delta = await self._next(stream, deltas)
                 first_s = first_s or time.perf_counter()

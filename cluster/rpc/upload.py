@@ -43,7 +43,10 @@ def write_request(request: Request, attempt: int = 0) -> list[pb.GenerateRequest
         ]
     except (ValueError, TypeError) as error:
         raise PromptError(f"the prompt or its options cannot be sent: {error}") from None
-    return [pb.GenerateRequest(options=options), *pieces]
+    # With the first piece: each message costs both ends a turn of their event loops.
+    first = pieces[0] if pieces else pb.GenerateRequest()
+    first.options.CopyFrom(options)
+    return [first, *pieces[1:]]
 
 
 def _prompt_pieces(request: Request) -> Iterator[pb.GenerateRequest]:
