@@ -27,6 +27,15 @@ from configs import Config, ConfigError
 if TYPE_CHECKING:
     from ray.serve import Application
 
+# A peer that vanished without a word, as with its machine, is noticed within half a minute: one that
+# is silent is asked after 10 s, and what is sent must arrive within 20.
+DEAD_PEERS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000),
+)
 # Flag names are keys of `server` with dashes for underscores.
 SERVER_FLAGS: dict[str, dict[str, Any]] = {
     "--host": {"help": "address to listen at (127.0.0.1)"},
@@ -115,6 +124,8 @@ def _bind(host: str, port: int, flag: str) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for level, option, value in DEAD_PEERS:
+            listener.setsockopt(level, option, value)  # connections inherit them
         listener.bind(address)
     except OSError as error:
         listener.close()
