@@ -27,8 +27,8 @@ from configs import Config, ConfigError
 if TYPE_CHECKING:
     from ray.serve import Application
 
-# A peer that vanished without a word, as with its machine, is noticed within half a minute: one that
-# is silent is asked after 10 s, and what is sent must arrive within 20.
+# A peer that vanished without a word, as with its machine, is noticed within half a minute: who is
+# silent is asked after 10 s, and what is sent must arrive within 20.
 DEAD_PEERS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
