@@ -75,7 +75,11 @@ class Coordinator:
         check_max_model_len(self._model, config.max_model_len)
         device = _device(config)
         group, places = await asyncio.to_thread(
-            place, config.context_parallel_size, device, config.ray.placement_timeout_s
+            place,
+            config.context_parallel_size,
+            device,
+            config.ray.placement_timeout_s,
+            config.ray.nodes_timeout_s,
         )
         workers = [self._create_worker(self._spec(where, device), group, where) for where in places]
         self._ranks = Ranks(workers, places, config.ring)

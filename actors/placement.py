@@ -3,6 +3,7 @@
 The decisions are pure functions; `place` is the shell that asks Ray.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from actors.errors import PlacementError
 
 MiB = 2**20
+POLL_S = 1.0  # how often hosts are looked for that are still to join
 HOST_LABEL = "ringspan.io/host"  # orders the hosts of a ring where addresses do not
 
 
@@ -107,16 +109,37 @@ def alive_hosts() -> list[Host]:
     ]
 
 
-def place(
+def shares_once_there(
     num_ranks: int, device: Literal["cpu", "cuda"], timeout_s: float
+) -> list[int]:
+    """Return the number of ranks of each bundle, waiting for hosts that are still to join.
+
+    Raises:
+        PlacementError: There are fewer GPUs than ranks after ``timeout_s``.
+    """
+    end_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return share_out(alive_hosts(), num_ranks, device)
+        except PlacementError:
+            if time.monotonic() >= end_s:
+                raise
+        time.sleep(min(POLL_S, max(end_s - time.monotonic(), 0.0)))
+
+
+def place(
+    num_ranks: int,
+    device: Literal["cpu", "cuda"],
+    timeout_s: float,
+    nodes_timeout_s: float,
 ) -> tuple[PlacementGroup, list[Place]]:
     """Reserve a bundle on each host and return where each rank goes.
 
     Raises:
-        PlacementError: The bundles cannot be had within ``timeout_s``.
+        PlacementError: There are too few GPUs after ``nodes_timeout_s``, or the bundles cannot
+            be had within ``timeout_s`` more.
     """
-    hosts = alive_hosts()
-    shares = share_out(hosts, num_ranks, device)
+    shares = shares_once_there(num_ranks, device, nodes_timeout_s)
     # A CPU rank claims no CPU: a bundle needs some resource, and every node has memory.
     bundles = [{"GPU": share} if device == "cuda" else {"memory": MiB} for share in shares]
     group = placement_group(bundles, strategy="STRICT_SPREAD")
@@ -129,7 +152,7 @@ def place(
             " context_parallel_size"
         )
     node_ids = placement_group_table(group)["bundles_to_node_id"]
-    by_id = {host.node_id: host for host in hosts}
+    by_id = {host.node_id: host for host in alive_hosts()}
     bundle_hosts = [by_id[node_ids[bundle]] for bundle in range(len(shares))]
     if device == "cpu":
         shares = settle_shares(shares, bundle_hosts)
