@@ -3,6 +3,7 @@
 The decisions are pure functions; `place` is the shell that asks Ray.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from actors.errors import PlacementError
 
 MiB = 2**20
+COORDINATOR_PREFIX = "ringspan-coordinator-"  # of a coordinator's name
 POLL_S = 1.0  # how often hosts are looked for that are still to join
 HOST_LABEL = "ringspan.io/host"  # orders the hosts of a ring where addresses do not
 
@@ -127,6 +129,21 @@ def shares_once_there(
         time.sleep(min(POLL_S, max(end_s - time.monotonic(), 0.0)))
 
 
+def release_leftovers() -> None:
+    """Remove the groups whose coordinators are gone.
+
+    Ray itself does so when the job ends that a coordinator was part of. Ray Serve's never does, and
+    a coordinator that was killed would keep its GPUs from its successor.
+    """
+    alive = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    for entry in placement_group_table().values():
+        name = entry["name"]
+        is_ours = name.startswith(COORDINATOR_PREFIX) and entry["state"] != "REMOVED"
+        if is_ours and name not in alive:
+            with contextlib.suppress(ValueError):  # somebody else was faster
+                ray.util.remove_placement_group(ray.util.get_placement_group(name))
+
+
 def place(
     num_ranks: int,
     device: Literal["cpu", "cuda"],
@@ -139,10 +156,13 @@ def place(
         PlacementError: There are too few GPUs after ``nodes_timeout_s``, or the bundles cannot
             be had within ``timeout_s`` more.
     """
+    release_leftovers()
     shares = shares_once_there(num_ranks, device, nodes_timeout_s)
     # A CPU rank claims no CPU: a bundle needs some resource, and every node has memory.
     bundles = [{"GPU": share} if device == "cuda" else {"memory": MiB} for share in shares]
-    group = placement_group(bundles, strategy="STRICT_SPREAD")
+    # Named as the actor that runs this: while one is there, so is the other.
+    name = ray.get_runtime_context().get_actor_name() or ""
+    group = placement_group(bundles, strategy="STRICT_SPREAD", name=name)
     if not group.wait(timeout_s):
         ray.util.remove_placement_group(group)
         free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "memory")}
