@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check campaign gpu proto clean
+.PHONY: demo test check campaign gpu k8s proto clean
 
 demo: $(STAMP)  ## answer questions out of a long context that is sharded over two ranks
 	$(VENV)/bin/ringspan demo -cp 2 --context-tokens 16384
@@ -24,6 +24,10 @@ campaign: $(STAMP)  ## the tests that are too long for every day
 PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 gpu:  ## tests and measurements on CUDA, into benchmarks/results/; without CUDA, what it would do
 	$(PYTHON) -m benchmarks.gpu $(OPTIONS)
+
+OVERLAY ?=
+k8s: $(STAMP)  ## check the Kubernetes manifests, or those of OVERLAY=DIRECTORY, without a cluster
+	$(PY) -m k8s.validate $(OVERLAY)
 
 # The version says which protobuf the result needs at least: see pyproject.toml.
 proto: $(STAMP)  ## what is generated from the gRPC service's definition

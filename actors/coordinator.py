@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import ray
 import torch.distributed as dist
+from ray.util.placement_group import PlacementGroup
 
 from actors.choice import Chooser
 from actors.cluster_info import ClusterInfo, size_pool
@@ -59,6 +60,7 @@ class Coordinator:
         self._stores: Stores | None = None
         self._runner: asyncio.Task[None] | None = None
         self._tracer = Tracer()
+        self._group: PlacementGroup | None = None
         self._model: ModelConfig
         self._tokenizer: Tokenizer | None
         self._ranks: Ranks
@@ -76,8 +78,13 @@ class Coordinator:
         check_max_model_len(self._model, config.max_model_len)
         device = _device(config)
         group, places = await asyncio.to_thread(
-            place, config.context_parallel_size, device, config.ray.placement_timeout_s
+            place,
+            config.context_parallel_size,
+            device,
+            config.ray.placement_timeout_s,
+            config.ray.nodes_timeout_s,
         )
+        self._group = group
         workers = [self._create_worker(self._spec(where, device), group, where) for where in places]
         self._ranks = Ranks(workers, places, config.ring)
         # The tokenizer is read while the ranks read their weights.
@@ -191,6 +198,8 @@ class Coordinator:
             await self._stores.stop(self._ranks)
         if hasattr(self, "_ranks"):
             self._ranks.kill()
+        if self._group is not None:
+            ray.util.remove_placement_group(self._group)
 
     async def _form_ring(self) -> None:
         """Host the rendezvous here: a store in a rank would die with it."""

@@ -3,6 +3,8 @@
 The decisions are pure functions; `place` is the shell that asks Ray.
 """
 
+import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +15,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from actors.errors import PlacementError
 
 MiB = 2**20
+COORDINATOR_PREFIX = "ringspan-coordinator-"  # of a coordinator's name
+POLL_S = 1.0  # how often hosts are looked for that are still to join
 HOST_LABEL = "ringspan.io/host"  # orders the hosts of a ring where addresses do not
 
 
@@ -107,19 +111,58 @@ def alive_hosts() -> list[Host]:
     ]
 
 
-def place(
+def shares_once_there(
     num_ranks: int, device: Literal["cpu", "cuda"], timeout_s: float
+) -> list[int]:
+    """Return the number of ranks of each bundle, waiting for hosts that are still to join.
+
+    Raises:
+        PlacementError: There are fewer GPUs than ranks after ``timeout_s``.
+    """
+    end_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return share_out(alive_hosts(), num_ranks, device)
+        except PlacementError:
+            if time.monotonic() >= end_s:
+                raise
+        time.sleep(min(POLL_S, max(end_s - time.monotonic(), 0.0)))
+
+
+def release_leftovers() -> None:
+    """Remove the groups whose coordinators are gone.
+
+    Ray itself does so when the job ends that a coordinator was part of. Ray Serve's never does, and
+    a coordinator that was killed would keep its GPUs from its successor.
+    """
+    alive = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    for entry in placement_group_table().values():
+        name = entry["name"]
+        is_ours = name.startswith(COORDINATOR_PREFIX) and entry["state"] != "REMOVED"
+        if is_ours and name not in alive:
+            with contextlib.suppress(ValueError):  # somebody else was faster
+                ray.util.remove_placement_group(ray.util.get_placement_group(name))
+
+
+def place(
+    num_ranks: int,
+    device: Literal["cpu", "cuda"],
+    timeout_s: float,
+    nodes_timeout_s: float,
 ) -> tuple[PlacementGroup, list[Place]]:
     """Reserve a bundle on each host and return where each rank goes.
 
     Raises:
-        PlacementError: The bundles cannot be had within ``timeout_s``.
+        PlacementError: There are too few GPUs after ``nodes_timeout_s``, or the bundles cannot
+            be had within ``timeout_s`` more.
     """
-    hosts = alive_hosts()
-    shares = share_out(hosts, num_ranks, device)
+    release_leftovers()
+    shares = shares_once_there(num_ranks, device, nodes_timeout_s)
     # A CPU rank claims no CPU: a bundle needs some resource, and every node has memory.
     bundles = [{"GPU": share} if device == "cuda" else {"memory": MiB} for share in shares]
-    group = placement_group(bundles, strategy="STRICT_SPREAD")
+    # Named as the actor that runs this: while one is there, so is the other.
+    name = ray.get_runtime_context().get_actor_name() or ""
+    group = placement_group(bundles, strategy="STRICT_SPREAD", name=name)
     if not group.wait(timeout_s):
         ray.util.remove_placement_group(group)
         free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "memory")}
@@ -129,7 +172,7 @@ def place(
             " context_parallel_size"
         )
     node_ids = placement_group_table(group)["bundles_to_node_id"]
-    by_id = {host.node_id: host for host in hosts}
+    by_id = {host.node_id: host for host in alive_hosts()}
     bundle_hosts = [by_id[node_ids[bundle]] for bundle in range(len(shares))]
     if device == "cpu":
         shares = settle_shares(shares, bundle_hosts)

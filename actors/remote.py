@@ -1,5 +1,6 @@
 """The Ray actors: plain classes made remote, with their resources. The only `ray.remote` calls."""
 
+import secrets
 from typing import Any
 
 import ray
@@ -13,7 +14,7 @@ from actors.coordinator import Coordinator
 from actors.kv.messages import StoreSpec
 from actors.kv.ray_store import NAMESPACE, KVStoreActor, store_name
 from actors.messages import WorkerSpec
-from actors.placement import Place
+from actors.placement import COORDINATOR_PREFIX, Place
 from actors.ranks import CONTROL
 from actors.worker import GPUWorker
 from configs import Config
@@ -25,9 +26,13 @@ STORE_THREADS = 4  # of a KV store: one may bring pieces from a disk while other
 
 def create_coordinator(config: Config) -> Any:
     """Start the coordinator's process and return its handle."""
-    # An option that the type hints of ray.remote do not know for classes.
-    calls: dict[str, Any] = {"max_concurrency": COORDINATOR_CALLS}
-    actor = ray.remote(num_cpus=0, max_restarts=0, **calls)(Coordinator)
+    # Options that the type hints of ray.remote do not know for classes.
+    options: dict[str, Any] = {
+        "name": COORDINATOR_PREFIX + secrets.token_hex(8),
+        "namespace": NAMESPACE,
+        "max_concurrency": COORDINATOR_CALLS,
+    }
+    actor = ray.remote(num_cpus=0, max_restarts=0, **options)(Coordinator)
     return actor.remote(config, create_worker, create_store)
 
 

@@ -43,7 +43,8 @@ class RunningCluster:
         self._coordinator: Any = None
         try:
             self._coordinator = create_coordinator(config)
-            limit_s = config.ray.placement_timeout_s + config.ray.start_timeout_s
+            waits = config.ray
+            limit_s = waits.nodes_timeout_s + waits.placement_timeout_s + waits.start_timeout_s
             self.info: ClusterInfo = self.ask("start", timeout_s=limit_s)
         except BaseException:
             self.close()

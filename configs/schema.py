@@ -185,11 +185,17 @@ class RayConfig:
 
     # None: RAY_ADDRESS if set, else a Ray of our own on this machine.
     address: str | None = None
+    # For nodes with GPUs to join a Ray cluster that is still coming up; 0: what it has now counts.
+    nodes_timeout_s: float = 0.0
     placement_timeout_s: float = 30.0  # for the ranks to find their places
     start_timeout_s: float = 1800.0  # for all ranks to load their weights
 
     def __post_init__(self) -> None:
         _positive("ray", self, "placement_timeout_s", "start_timeout_s")
+        if not 0 <= self.nodes_timeout_s < math.inf:
+            raise ValueError(
+                f"ray.nodes_timeout_s must be >= 0 and finite, got {self.nodes_timeout_s}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """How many ranks go where, and which number each gets."""
 
 import itertools
+import time
 from typing import Any, Literal
 
 import pytest
@@ -13,6 +14,7 @@ from actors.placement import (
     number_ranks,
     settle_shares,
     share_out,
+    shares_once_there,
 )
 
 
@@ -160,3 +162,20 @@ def test_only_living_hosts_count(monkeypatch: pytest.MonkeyPatch) -> None:
         Host(node_id="n0", name="10.0.0.1", gpus=0),
         Host(node_id="n2", name="10.0.0.3", gpus=4),
     ]
+
+
+def test_gpus_that_are_still_to_come_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a Ray cluster comes up, its first nodes are there minutes before those with GPUs."""
+    seen = iter([hosts(0), hosts(0, 4), hosts(0, 4, 4)])
+    monkeypatch.setattr("actors.placement.alive_hosts", lambda: next(seen))
+    monkeypatch.setattr("actors.placement.POLL_S", 0.01)
+    assert shares_once_there(8, "cuda", timeout_s=10.0) == [4, 4]
+
+
+def test_gpus_that_do_not_come_are_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.placement.alive_hosts", lambda: hosts(0, 4))
+    start_s = time.monotonic()
+    for timeout_s in (0.0, 0.2):
+        with pytest.raises(PlacementError, match="8, but the Ray cluster has 4 GPUs on 2 nodes"):
+            shares_once_there(8, "cuda", timeout_s)
+    assert 0.2 <= time.monotonic() - start_s < 2.0

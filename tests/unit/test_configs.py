@@ -228,6 +228,7 @@ def test_value_that_is_no_choice_is_refused(override: str, choices: str) -> None
             "ray.placement_timeout_s=0",
             "ray.placement_timeout_s must be greater than 0 and finite, got 0.0",
         ),
+        ("ray.nodes_timeout_s=-1", "ray.nodes_timeout_s must be >= 0 and finite, got -1.0"),
         ("ray.start_timeout_s=0", "ray.start_timeout_s must be greater than 0 and finite, got 0.0"),
     ],
 )

@@ -48,7 +48,7 @@ def test_constraints_satisfy_the_ranges_of_pyproject() -> None:
 
 def test_documents_name_files_that_exist() -> None:
     """Every path in backquotes in the README and docs/ is there."""
-    pattern = re.compile(r"`((?:attention|models|actors|cluster|configs|tests|docs)/[\w/.]*)`")
+    pattern = re.compile(r"`((?:attention|models|actors|cluster|configs|k8s|tests|docs)/[\w/.]*)`")
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for path in pattern.findall(document.read_text()):
             assert (ROOT / path).exists(), f"{document.name} names {path}"
