@@ -32,7 +32,8 @@ from cluster.rpc.upload import write_request
 from cluster.rpc.wire import read_delta
 from models.draw import answer_seed
 
-MAX_TRIES = 8  # in a row that bring no token
+MAX_TRIES = 8  # in a row that bring no token, about 11 s
+RESUME_TRIES = 66  # the same of an answer that has begun, about 5 min: a model may be loading again
 FIRST_PAUSE_S = 0.1  # doubled with each
 LONGEST_PAUSE_S = 5.0
 LEAST_DEADLINE_S = 0.001
@@ -159,16 +160,20 @@ class ResumableRequest:
             RingspanError: No further try may help: what the server said.
         """
         if error is None:
-            if self._tries < MAX_TRIES:
+            if self._tries < self._most_tries:
                 return 0.0
             raise ServerUnavailable(f"the server at {self._target} ends streams before their time")
         named = error_of(error, self._target)
         # A queue that is full has no place for a new request, but one under way may wait for it.
         may_wait = isinstance(named, QueueFull) and self._attempt > 1
-        if self._tries >= MAX_TRIES or not (is_broken(error) or may_wait):
+        if self._tries >= self._most_tries or not (is_broken(error) or may_wait):
             raise named from None
         pause_s = FIRST_PAUSE_S * 2 ** max(0, self._tries - 1)
         return min(LONGEST_PAUSE_S, max(pause_s, retry_s(error) or 0.0))
+
+    @property
+    def _most_tries(self) -> int:
+        return MAX_TRIES if self._first_s is None else RESUME_TRIES
 
     def output(self) -> RequestOutput:
         """Return the complete answers.

@@ -16,7 +16,7 @@ from cluster.rpc import ringspan_v1_pb2 as pb
 from cluster.rpc.errors import ServerUnavailable
 from cluster.rpc.limits import RpcLimits
 from cluster.rpc.reports import write_reports
-from cluster.rpc.resume import MAX_TRIES, ResumableRequest
+from cluster.rpc.resume import MAX_TRIES, RESUME_TRIES, ResumableRequest
 from cluster.rpc.upload import RequestReader
 from cluster.rpc.wire import write_delta
 from models.errors import RingspanError
@@ -118,13 +118,13 @@ def test_a_full_queue_does_not_end_an_answer_that_had_begun() -> None:
 
 
 def test_tries_have_an_end() -> None:
-    """Of those in a row that bring nothing; a delta begins the count anew."""
+    """Of those in a row that bring nothing; behind a delta there are as many as a restart takes."""
     request = pending(1)
     for _ in range(MAX_TRIES - 1):
         request.messages()
         request.pause_s(None)
     request.take(pb.GenerateResponse(delta=pb.Delta(token_ids=[1])))
-    for _ in range(MAX_TRIES - 1):
+    for _ in range(RESUME_TRIES - 1):
         request.messages()
         request.pause_s(Failed(ServerUnavailable("gone")))
     request.messages()
