@@ -16,14 +16,12 @@ from actors.messages import (
     CompletionOutput,
     DecodeRow,
     Logprobs,
-    Phase,
     PrefillChunk,
     RequestDelta,
-    Restored,
     SequenceResult,
-    StepRecord,
     StepResult,
 )
+from actors.records import Phase, Restored, StepRecord
 from actors.scheduler import Step
 from models.logprobs import TokenLogprobs, join_logprobs
 

@@ -8,7 +8,7 @@ import bisect
 from collections import Counter, defaultdict
 from typing import Any
 
-from actors.messages import Restored, StepRecord
+from actors.records import Restored, StepRecord
 
 # Upper ends of the histograms' buckets; above the last one is one more.
 STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)

@@ -27,11 +27,11 @@ from actors.messages import (
     RequestDelta,
     RequestOutput,
     SequenceResult,
-    StepRecord,
     StepResult,
 )
 from actors.offload import Lookup
 from actors.ranks import Ranks
+from actors.records import StepRecord
 from actors.requests import OpenRequest, RequestReader
 from actors.restore import RestorePlanner
 from actors.scheduler import Scheduler, Step

@@ -14,7 +14,7 @@ from actors.choice import Chooser
 from actors.kv.finder import Source, StoredBlocks
 from actors.kv.messages import RestoreChoice, RestoreTimes, StoredPrefix, Tier
 from actors.kv.pieces import ACTIVATIONS as STORED_ACTIVATIONS
-from actors.messages import Restored
+from actors.records import Restored
 from actors.restore_corrections import RestoreCorrections
 from models.activation_share import activation_share
 from models.cost import SequenceShape

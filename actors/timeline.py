@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.messages import Restored, StepRecord
+from actors.records import Restored, StepRecord
 from attention.spans import EVERY_RANK, NO_LAYER, TRANSFER_KINDS, StepSpans
 
 Event = dict[str, Any]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from actors.cluster_info import ClusterInfo
 from actors.errors import ClusterError, TraceError
-from actors.messages import Restored, StepRecord, StepResult
+from actors.messages import StepResult
 from actors.ranks import Ranks
+from actors.records import Restored, StepRecord
 from actors.timeline import TracedRestore, TracedStep, chrome_trace
 from actors.trace_summary import TraceSummary, summarise
 from attention.clocks import RankClock, boot_id

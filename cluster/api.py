@@ -11,15 +11,8 @@ from actors.errors import (
     TraceError,
     UnknownRequest,
 )
-from actors.messages import (
-    CompletionOutput,
-    Logprob,
-    Progress,
-    RequestDelta,
-    RequestOutput,
-    Restored,
-    StepRecord,
-)
+from actors.messages import CompletionOutput, Logprob, Progress, RequestDelta, RequestOutput
+from actors.records import Restored, StepRecord
 from actors.trace import Trace
 from cluster.api_keys import Unauthenticated
 from cluster.client import Client

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from actors.messages import PromptReport, RequestOutput
 from cluster.http.answering import Head, Kind
 from cluster.http.answers import Whole
+from cluster.http.bodies import CachedTokens, Usage
 from cluster.http.chat import Chats, chat_params
 from cluster.http.completions import Completions, completion_params
 from cluster.http.errors import validation_error
-from cluster.http.protocol import CachedTokens, ChatRequest, CompletionRequest, Usage
+from cluster.http.protocol import ChatRequest, CompletionRequest
 from models.errors import PromptError
 from models.sampling import SamplingParams
 

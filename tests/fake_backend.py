@@ -17,9 +17,8 @@ from actors.messages import (
     Request,
     RequestDelta,
     RequestMetrics,
-    Restored,
-    StepRecord,
 )
+from actors.records import Restored, StepRecord
 from actors.texts import Text, Tokens
 from cluster.backend import ModelFacts
 from models.errors import PromptError

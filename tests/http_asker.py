@@ -9,7 +9,7 @@ import httpx
 
 from cluster.backend import Backend
 from cluster.http.app import build_app
-from cluster.http.protocol import ErrorBody
+from cluster.http.bodies import ErrorBody
 from cluster.http.settings import Settings
 from tests.fake_backend import FakeBackend
 

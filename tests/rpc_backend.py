@@ -19,10 +19,9 @@ from actors.messages import (
     Request,
     RequestDelta,
     RequestMetrics,
-    Restored,
-    StepRecord,
     StepReport,
 )
+from actors.records import Restored, StepRecord
 from actors.texts import Text, Tokens
 from cluster.backend import ModelFacts
 from cluster.rpc.limits import RpcLimits

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from actors.messages import StepRecord
+from actors.records import StepRecord
 from cluster.bench.runs import Measured
 
 MACHINE = {"cpu": "a machine", "date": "2026-01-01"}

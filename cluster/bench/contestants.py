@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.errors import ClusterError
-from actors.messages import RequestOutput, StepRecord
+from actors.messages import RequestOutput
+from actors.records import StepRecord
 from cluster.bench.runs import Measured, peak_rss_bytes, reset_peak_rss
 from cluster.llm import LLM
 from models.errors import PromptError

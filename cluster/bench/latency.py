@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.messages import StepRecord
+from actors.records import StepRecord
 from cluster.bench.contestants import Ask, Ours, closing_all
 from cluster.bench.latency_report import (
     BOTH,

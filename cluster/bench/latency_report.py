@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from actors.errors import ClusterError
-from actors.messages import StepRecord
+from actors.records import StepRecord
 
 Arrivals = tuple[tuple[float, int], ...]  # of one answer's deltas: the moment, and its tokens
 Gap = tuple[float, int]  # seconds before a delta, and the delta's tokens

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.messages import Phase, StepRecord
+from actors.records import Phase, StepRecord
 from cluster.bench.runs import Measured
 
 STEP_S = 0.020  # of a larger model on a GPU, for comparison

@@ -32,8 +32,9 @@ from actors.kv.messages import (
 from actors.kv.pieces import Layout
 from actors.kv.rank import RankStore
 from actors.kv.store import KVStore
-from actors.messages import PrefillChunk, Restored, StepResult
+from actors.messages import PrefillChunk, StepResult
 from actors.offload import Offload
+from actors.records import Restored
 from actors.restore_profiler import measure_restore
 from actors.scheduler import Scheduler, Step
 from actors.step_sizes import Limits

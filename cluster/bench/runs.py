@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.messages import StepRecord
+from actors.records import StepRecord
 
 Input = TypeVar("Input")
 Name = TypeVar("Name")

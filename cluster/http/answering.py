@@ -15,9 +15,10 @@ from actors import messages
 from cluster.api_keys import ApiKeys
 from cluster.backend import Backend
 from cluster.http.answers import Answers, Whole
+from cluster.http.bodies import AnswerMetrics, PromptLogprob, Usage
 from cluster.http.errors import ApiError, invalid, json_response
 from cluster.http.limits import Gate
-from cluster.http.protocol import AnswerMetrics, Asked, Body, PromptLogprob, Usage
+from cluster.http.protocol import Asked, Body
 from cluster.http.settings import Settings
 from cluster.http.sse import Chunks, EventStream, events, unless_gone
 from models.errors import PromptError

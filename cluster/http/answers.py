@@ -15,9 +15,9 @@ from actors.messages import (
     RequestMetrics,
 )
 from cluster.backend import Backend
+from cluster.http.bodies import AnswerMetrics, CachedTokens, Usage
 from cluster.http.errors import ApiError, as_api_error
 from cluster.http.limits import Gate
-from cluster.http.protocol import AnswerMetrics, CachedTokens, Usage
 from models.errors import RingspanError
 
 CANCEL_TRIES = 50

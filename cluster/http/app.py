@@ -13,25 +13,22 @@ from starlette.responses import PlainTextResponse, Response
 from cluster.api_keys import ApiKeys
 from cluster.backend import Backend
 from cluster.http.answering import Server
+from cluster.http.bodies import (
+    Cancelled,
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    Version,
+)
 from cluster.http.chat import chat
 from cluster.http.completions import complete
 from cluster.http.errors import ApiError, add_error_handlers, json_response
 from cluster.http.limits import FrontDoor, Gate
 from cluster.http.openapi import STREAM, answers, make_schema_honest
-from cluster.http.protocol import (
-    Cancelled,
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    Detokenized,
-    DetokenizeRequest,
-    ModelCard,
-    ModelList,
-    Tokenized,
-    TokenizeRequest,
-    Version,
-)
+from cluster.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cluster.http.settings import Settings
 from cluster.http.tokens import detokenize, tokenize
 from cluster.metered import MeteredBackend

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from actors.messages import Logprob, Logprobs
 from cluster.http.answering import Head, Server, prompt_fields, spelled
 from cluster.http.answers import Piece, Whole
-from cluster.http.protocol import (
+from cluster.http.bodies import (
     AnswerMessage,
     AnswerMetrics,
     ChatChoice,
@@ -16,12 +16,12 @@ from cluster.http.protocol import (
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatRequest,
     PromptProgress,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
+from cluster.http.protocol import ChatRequest
 from models.sampling import SamplingParams
 
 

@@ -11,16 +11,16 @@ from actors.messages import Logprobs
 from cluster.backend import Backend
 from cluster.http.answering import Head, Server, first_of, prompt_fields, spelled
 from cluster.http.answers import Piece, Whole
-from cluster.http.errors import invalid
-from cluster.http.protocol import (
+from cluster.http.bodies import (
     AnswerMetrics,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    CompletionRequest,
     PromptProgress,
     Usage,
 )
+from cluster.http.errors import invalid
+from cluster.http.protocol import CompletionRequest
 from models.sampling import SamplingParams
 
 

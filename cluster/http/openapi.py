@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from cluster.http.bodies import ErrorBody
 from cluster.http.limits import OPEN_PATHS, REQUEST_ID_HEADER
-from cluster.http.protocol import ErrorBody
 
 EVENT = {  # whose data is a chunk, an error or [DONE]
     "type": "object",

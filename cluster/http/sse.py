@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from actors.messages import RequestDelta
 from cluster.http.answers import Answers, Piece
+from cluster.http.bodies import AnswerMetrics, PromptProgress, Usage
 from cluster.http.errors import as_api_error
-from cluster.http.protocol import AnswerMetrics, PromptProgress, Usage
 from cluster.http.settings import Settings
 
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients skip it

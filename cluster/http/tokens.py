@@ -2,7 +2,8 @@
 
 from actors.texts import Text
 from cluster.http.answering import Server
-from cluster.http.protocol import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from cluster.http.bodies import Detokenized, Tokenized
+from cluster.http.protocol import DetokenizeRequest, TokenizeRequest
 
 
 async def tokenize(server: Server, asked: TokenizeRequest) -> Tokenized:

@@ -10,16 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from actors.messages import (
-    Logprob,
-    Logprobs,
-    PromptReport,
-    RequestDelta,
-    Restored,
-    StepRecord,
-    StepReport,
-    TokenIds,
-)
+from actors.messages import Logprob, Logprobs, PromptReport, RequestDelta, StepReport, TokenIds
+from actors.records import Restored, StepRecord
 from cluster.rpc import ringspan_v1_pb2 as pb
 
 PIECE_ENTRIES = 2**14  # log-probabilities of one message, of at most 100 bytes or so each

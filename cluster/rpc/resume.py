@@ -22,9 +22,8 @@ from actors.messages import (
     RequestDelta,
     RequestMetrics,
     RequestOutput,
-    Restored,
-    StepRecord,
 )
+from actors.records import Restored, StepRecord
 from cluster.rpc import ringspan_v1_pb2 as pb
 from cluster.rpc.errors import CallError, ServerUnavailable, error_of, is_broken, retry_s
 from cluster.rpc.reports import ReportReader

@@ -18,7 +18,8 @@ from actors.kv.messages import (
     Tier,
 )
 from actors.kv.pieces import PieceId
-from actors.messages import DecodeRow, PrefillChunk, Restored, SequenceResult, StepRecord
+from actors.messages import DecodeRow, PrefillChunk, SequenceResult
+from actors.records import Restored, StepRecord
 from models.logprobs import TokenLogprobs
 from models.sampling import SamplingParams
 

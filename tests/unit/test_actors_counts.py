@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.counts import Counts
-from actors.messages import Restored, StepRecord
+from actors.records import Restored, StepRecord
 
 STEP = StepRecord(
     number=1,

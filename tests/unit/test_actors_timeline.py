@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actors.errors import TraceError
-from actors.messages import StepRecord
+from actors.records import StepRecord
 from actors.timeline import TracedStep, chrome_trace
 from actors.trace import Trace
 from actors.trace_summary import TraceSummary, summarise

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from actors.errors import ClusterError
-from actors.messages import StepRecord
+from actors.records import StepRecord
 from cluster.__main__ import main
 from cluster.bench import outside, throughput
 from cluster.bench.contestants import Ask

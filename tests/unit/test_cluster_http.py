@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.errors import ClusterError, QueueFull, RankLost
-from cluster.http.protocol import ChatCompletion, Completion
+from cluster.http.bodies import ChatCompletion, Completion
 from cluster.http.settings import Settings
 from models.errors import PromptError
 from tests.http_asker import CHAT, COMPLETIONS, FAST, HI, Asker, chunks, read_error, run
