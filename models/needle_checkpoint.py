@@ -55,7 +55,9 @@ def write_needle_checkpoint(directory: Path, dtype: str = "float32") -> None:
         raise CheckpointError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     _claim_directory(directory)
     weights = {name: tensor.to(_DTYPES[dtype]) for name, tensor in needle_weights().items()}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors lets nobody else read it
     _write_json(directory / "config.json", NEEDLE_CONFIG | {"dtype": dtype})
     _write_json(directory / "generation_config.json", _GENERATION_CONFIG)
     _write_json(directory / "tokenizer_config.json", _TOKENIZER_CONFIG)

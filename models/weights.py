@@ -8,6 +8,7 @@ Shapes: E = hidden size, V = vocabulary, X = H * D (H query heads of dim D),
 P = (H + 2K) * D (K kv heads), F = intermediate size; gate and up together are 2F.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,6 +264,8 @@ def _no_safetensors(directory: Path) -> CheckpointError:
 @contextmanager
 def _open(path: Path, device: torch.device) -> Iterator[Any]:
     """Open a safetensors file for reading to `device`; a damaged one is a CheckpointError."""
+    if path.exists() and not os.access(path, os.R_OK):
+        raise CheckpointError(f"cannot read {path}: this user may not, see its mode and owner")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file

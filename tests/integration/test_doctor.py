@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DRIVER = """
 import subprocess, sys
 import ray
@@ -23,6 +25,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.campaign
 def test_hosts_and_the_link_between_them_are_looked_at(needle: Path) -> None:
     """Each host has an actor of its own, and two hosts meet as neighbours of a ring do."""
     run = subprocess.run(

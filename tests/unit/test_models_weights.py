@@ -148,6 +148,13 @@ def test_fewer_layers_than_the_config_says(checkpoint: Path) -> None:
         load(checkpoint)
 
 
+def test_file_of_another_user(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not damaged: to download it again would not help."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match=r"cannot read .*model.safetensors: this user may"):
+        load(checkpoint)
+
+
 @pytest.mark.parametrize("left_bytes", [0, 4, 100, 200_000])
 def test_truncated_file(checkpoint: Path, left_bytes: int) -> None:
     path = checkpoint / "model.safetensors"
