@@ -19,6 +19,7 @@ import pytest
 
 from cluster import LLM, RequestOutput, SamplingParams
 from cluster.__main__ import main
+from tests.certificates import write_certificates
 from tests.oracle import assert_greedy
 
 MiB = 2**20
@@ -259,7 +260,8 @@ from tests.integration.test_kv_store import ask, evict, open_llm, tokens
 node = dict(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
 cluster = Cluster(True, head_node_args={**node, "labels": {HOST_LABEL: "a"}})
 cluster.add_node(**node, labels={HOST_LABEL: "b"})
-with open_llm(sys.argv[1], 2, f"ray.address={cluster.address}", "device=cpu") as llm:
+address = f"ray.address={cluster.address}"
+with open_llm(sys.argv[1], 2, address, "device=cpu", *sys.argv[2:]) as llm:
     prompt = tokens(1, 500)
     turn = [*prompt, *ask(llm, prompt).outputs[0].token_ids, *tokens(2, 40)]
     evict(llm)
@@ -271,10 +273,20 @@ cluster.shutdown()
 
 
 @pytest.mark.campaign
-def test_pieces_of_another_host_come_by_flight(llama: Path) -> None:
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_pieces_of_another_host_come_by_flight(llama: Path, tmp_path: Path, with_tls: bool) -> None:
     """Each of two hosts wrote half of every block, and needs whole ones."""
+    overrides = []
+    if with_tls:
+        files = write_certificates(tmp_path / "tls", "stores.ringspan")
+        overrides = [
+            f"kv_store.ssl_certfile={files.cert}",
+            f"kv_store.ssl_keyfile={files.key}",
+            f"kv_store.ssl_ca_certs={files.ca}",
+            "kv_store.ssl_server_name=stores.ringspan",
+        ]
     run = subprocess.run(
-        [sys.executable, "-c", TWO_HOSTS, str(llama)],
+        [sys.executable, "-c", TWO_HOSTS, str(llama), *overrides],
         capture_output=True,
         text=True,
         timeout=240,
