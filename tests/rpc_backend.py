@@ -44,6 +44,7 @@ def next_token(request: Request, seed: int, token_ids: list[int]) -> int:
 
 
 PROMPT_TOKENS, CACHED_TOKENS = 9, 4
+MOST_LOGPROBS = 20
 METRICS = RequestMetrics(queue_s=0.25, ttft_s=0.5, total_s=1.0)
 STEP = StepRecord(
     number=7,
@@ -68,7 +69,8 @@ RESTORED = Restored(
 
 def place(token_id: int, count: int) -> Logprobs:
     """Return what is told of one token: itself, and as many others."""
-    ids = [token_id, *(token_id + 1 + index for index in range(count))]
+    # A cluster has max_logprobs, and refuses more.
+    ids = [token_id, *(token_id + 1 + index for index in range(min(count, MOST_LOGPROBS)))]
     return {
         each: Logprob(
             logprob=-each / 8, rank=index + 1, decoded_token=f"{each}" if each % 2 else None
