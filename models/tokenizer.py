@@ -46,7 +46,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` takes conversations."""
-        return bool(self._backend.chat_template)
+        return self._template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return token ids, with the special tokens that the checkpoint adds (often a BOS)."""

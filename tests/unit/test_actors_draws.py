@@ -18,6 +18,8 @@ EOS = (2, 3)
 class Words:
     """Stands for a tokenizer of transformers: one token for each word, spaces as in Llama."""
 
+    chat_template = None
+
     def __init__(self, ids: dict[str, list[int]]) -> None:
         self.ids = ids
 
