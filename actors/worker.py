@@ -157,7 +157,7 @@ class GPUWorker:
     def close(self) -> None:
         """End what this rank has beside its process's own threads."""
         if self._executor.store is not None:
-            self._executor.store.link.close()
+            self._executor.store.close()
 
     def flush_store(self, timeout_s: float) -> bool:
         """Wait until what was finished is in the store; return whether it is."""

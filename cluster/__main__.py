@@ -1,6 +1,7 @@
 """The command line: ``ringspan COMMAND ...`` or ``python -m cluster COMMAND ...``."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -66,12 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
     except (RingspanError, ConfigError) as error:
         print(f"ringspan: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"ringspan: stopped by {stopped_by[0].name}", file=sys.stderr)
         return 128 + stopped_by[0]
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # What is still buffered would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # whoever read it, `head` perhaps, has gone
+            return 128 + signal.SIGPIPE
+        print(f"ringspan: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
     return status
 
 

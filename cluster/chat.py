@@ -52,13 +52,18 @@ class Chat:
         *,
         system: str | None = None,
         document: str | None = None,
+        interactive: bool = False,
         show_bar: bool = False,
     ) -> None:
-        """Have said nothing; ``document`` stands before the first message."""
+        """Have said nothing; ``document`` stands before the first message.
+
+        Where it is ``interactive``, Ctrl-C ends an answer and not the chat.
+        """
         self._client = client
         self._params = params
         self._system = system
         self._document = document
+        self._interactive = interactive
         self._show_bar = show_bar
         self.has_answered = False
         self.reset()
@@ -101,6 +106,8 @@ class Chat:
                 pieces.append(_show(delta))
         except KeyboardInterrupt:
             stream.close()  # type: ignore[attr-defined]  # a generator: cancels the request
+            if not self._interactive:
+                raise
         finally:
             print(flush=True)
         if deltas:
@@ -198,7 +205,7 @@ def typed_lines() -> Iterator[str]:
         try:
             line = input("... " if pieces else "> ")
         except KeyboardInterrupt:
-            print()
+            print("\n(Ctrl-D or /exit ends)")
             pieces = []
             continue
         except EOFError:
@@ -238,6 +245,7 @@ def run(options: argparse.Namespace) -> int:
             params,
             system=options.system,
             document=document,
+            interactive=interactive,
             show_bar=interactive and sys.stderr.isatty(),
         )
         lines = typed_lines() if interactive else (line.rstrip("\n") for line in sys.stdin)

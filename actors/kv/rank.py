@@ -75,14 +75,26 @@ class RankStore:
             )
         self.writer.keep_activations(capture, keeps_both=keeps_both)
 
+    def close(self) -> None:
+        """End the threads, and let go of the arena. No restore may be under way."""
+        self.writer.close()
+        self.link.close()
+        if self._pool.device.type == "cuda":
+            torch.cuda.cudart().cudaHostUnregister(_address(self.arena))
+        self.arena.close()
+
+
+def _address(arena: Arena) -> int:
+    return torch.frombuffer(arena.buffer, dtype=torch.uint8).data_ptr()
+
 
 def _pin(arena: Arena) -> None:
-    memory = torch.frombuffer(arena.buffer, dtype=torch.uint8)
-    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE)
+    size_bytes = len(arena.buffer)
+    status = torch.cuda.cudart().cudaHostRegister(_address(arena), size_bytes, _PORTABLE)
     if int(status) != 0:
         _log.warning(
             "the arena of %d bytes cannot be pinned (CUDA error %d): copies are slower; raise the"
             " memlock limit, or lower kv_store.host_memory_bytes",
-            memory.numel(),
+            size_bytes,
             int(status),
         )

@@ -78,7 +78,7 @@ class BlockWriter:
         self._owner = owner
         self._encoding = encoding
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
-        self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()  # None: the end
         self._changed = threading.Condition()
         self._pending: list[_Order] = []
         self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
@@ -136,12 +136,19 @@ class BlockWriter:
         with self._changed:
             return self._changed.wait_for(lambda: not self._pending, timeout_s)
 
+    def close(self) -> None:
+        """End the thread. What is not written yet never is: `flush` comes first."""
+        with self._changed:
+            for order in self._pending:
+                order.is_void = True
+        self._orders.put(None)
+        self._thread.join()
+
     def _readers(self, page_ids: Set[int]) -> list[_Order]:
         return [order for order in self._pending if not order.page_ids.isdisjoint(page_ids)]
 
     def _run(self) -> None:
-        while True:
-            order = self._orders.get()
+        while (order := self._orders.get()) is not None:
             try:
                 for batch in self._batches(order):
                     if order.is_void:

@@ -3,10 +3,12 @@
 import os
 import pty
 import re
-import select
+import selectors
+import signal
 import subprocess
 import sys
 import time
+from typing import IO
 
 from tests.rpc_backend import WAIT_S, FakeBackend, serve
 
@@ -27,6 +29,8 @@ class Terminal:
         )
         os.close(other)
         self._told = b""
+        self._output = selectors.DefaultSelector()  # `select` refuses high file descriptors
+        self._output.register(self._main, selectors.EVENT_READ)
 
     def type(self, text: bytes) -> None:
         os.write(self._main, text)
@@ -36,13 +40,14 @@ class Terminal:
         limit_s = time.monotonic() + WAIT_S
         while (found := re.search(pattern, self._told)) is None:
             assert time.monotonic() < limit_s, self._told
-            if select.select([self._main], [], [], 0.1)[0]:
+            if self._output.select(0.1):
                 self._told += os.read(self._main, 4096)
         self._told = self._told[found.end() :]
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait(WAIT_S)
+        self._output.close()
         os.close(self._main)
 
 
@@ -75,7 +80,7 @@ def test_ctrl_c_cancels_an_answer_and_the_chat_goes_on() -> None:
             terminal.expect(b"> ")
             terminal.type(b"one\n")
             terminal.expect(rb"(\d+,){2}")
-            terminal.process.send_signal(2)
+            terminal.process.send_signal(signal.SIGINT)
             terminal.expect(b"> ")
             backend.hold_at = None
             terminal.type(b"two\n")
@@ -83,3 +88,44 @@ def test_ctrl_c_cancels_an_answer_and_the_chat_goes_on() -> None:
             assert not backend.running
         finally:
             terminal.close()
+
+
+def piped(target: str, stdout: IO[bytes] | int) -> "subprocess.Popen[bytes]":
+    """Start a chat whose messages come by a pipe, and say one."""
+    process = subprocess.Popen(
+        command(target), stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(b"one\n")
+    process.stdin.flush()
+    return process
+
+
+def test_ctrl_c_in_a_pipe_ends_the_chat() -> None:
+    """Nobody sits there who could go on."""
+    backend = FakeBackend()
+    backend.hold_at = 2
+    with serve(backend) as (target, _, _):
+        process = piped(target, subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, told) == (130, b"ringspan: stopped by SIGINT\n")
+
+
+def test_output_that_nobody_takes() -> None:
+    """`| head` that has ended is no error, a full disk is one sentence."""
+    with serve(FakeBackend()) as (target, _, _):
+        read, write = os.pipe()
+        os.close(read)
+        process = piped(target, write)
+        os.close(write)
+        assert process.communicate(timeout=WAIT_S)[1] == b""
+        assert process.returncode == 128 + signal.SIGPIPE
+
+        with open("/dev/full", "wb") as full:
+            process = piped(target, full)
+        told = process.communicate(timeout=WAIT_S)[1]
+        assert told == b"ringspan: cannot write the output: No space left on device\n"
+        assert process.returncode == 1

@@ -45,7 +45,7 @@ class Echo:
 
 
 def talk(client: Echo, *lines: str, interactive: bool = True, **settings: Any) -> Chat:
-    chat = Chat(client, SamplingParams(), **settings)
+    chat = Chat(client, SamplingParams(), interactive=interactive, **settings)
     converse(chat, iter(lines), interactive=interactive)
     return chat
 
@@ -107,6 +107,9 @@ def test_ctrl_c_ends_the_answer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("cluster.chat._show", interrupt)
         chat = talk(client, "one")
-    assert client.cancelled == 1
+        assert client.cancelled == 1
+        with pytest.raises(KeyboardInterrupt):  # nobody sits there to say another
+            talk(client, "one", interactive=False)
+        assert client.cancelled == 2
     converse(chat, iter(["two"]), interactive=True)
-    assert len(client.asked) == 2
+    assert len(client.asked) == 3

@@ -66,6 +66,7 @@ def test_what_the_pool_had_no_room_for_comes_back(checkpoint: Path) -> None:
         generation = ring.add(again, GREEDY_8)
         ring.run()
         ring.check_invariants()
+        ring.flush()
         stores.check_all_returned()
 
     assert generation.num_cached_tokens == 176
