@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         _say(options, f"left out: {left_out} prompt tokens do not fit max_model_len on one rank")
     loss = _loss(options, settings, config.kv_cache_dtype, text)
     tolerance = max(TOLERANCES[dtype], CODE_TOLERANCES[config.kv_cache_dtype])
-    return _report(options, compared, num_ranks, dtype, tolerance, loss)
+    return report(options, compared, num_ranks, dtype, tolerance, loss)
 
 
 def _loss(
@@ -195,7 +195,7 @@ def _gap(one: CompletionOutput, chosen: int, step: int) -> float:
     return best - (listed[chosen].logprob if chosen in listed else worst - 1.0)
 
 
-def _report(
+def report(
     options: argparse.Namespace,
     compared: Sequence[Comparison],
     num_ranks: int,
@@ -203,9 +203,10 @@ def _report(
     tolerance: float,
     loss: Loss | None,
 ) -> int:
+    """Print what was compared, and the verdict; return the exit status."""
     right = bool(compared) and all(entry.is_right(tolerance) for entry in compared)
     if options.json:
-        report = {
+        told = {
             "model": options.model,
             "num_ranks": num_ranks,
             "dtype": dtype,
@@ -214,7 +215,7 @@ def _report(
             "prompts": [dataclasses.asdict(entry) for entry in compared],
             "loss": as_json(loss),
         }
-        print(json.dumps(report))
+        print(json.dumps(told))
         return 0 if right else 1
     print(f"{'':10}{'prompt':>8} {'cached':>8} {'equal tokens':>14} {'logprobs differ by':>20}")
     for entry in compared:

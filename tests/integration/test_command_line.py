@@ -134,14 +134,20 @@ def test_demo_exits_with_an_error_if_an_answer_is_wrong(
     assert "WRONG, expected" in capsys.readouterr().out
 
 
+CHECK = ["-cp", "2", "--lengths", "5,700", "--max-tokens", "8"]
+
+
+@pytest.mark.campaign
 @pytest.mark.usefixtures("shared_ray")
-def test_check_gives_a_verdict(needle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """For people a sentence, for programs JSON; a ring of one rank has nothing to compare."""
-    command = ["check", str(needle), "-cp", "2", "--lengths", "5,700", "--max-tokens", "8"]
-    assert main(command) == 0
+def test_check_tells_people_its_verdict(needle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(needle), *CHECK]) == 0
     assert "a ring of 2 ranks gives this model's own answers" in capsys.readouterr().out
 
-    assert main([*command, "--json", "max_model_len=600"]) == 0
+
+@pytest.mark.usefixtures("shared_ray")
+def test_check_gives_a_verdict(needle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As JSON for programs; a ring of one rank has nothing to compare."""
+    assert main(["check", str(needle), *CHECK, "--json", "max_model_len=600"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["exact"] is True
     rows = [(e["algorithm"], e["prompt_tokens"], e["cached_tokens"]) for e in report["prompts"]]
@@ -284,7 +290,12 @@ def test_two_clusters_in_one_plain_script_leave_nothing(needle: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("stop", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+    ("stop", "status"),
+    [
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.campaign),  # servers get it every day
+        (signal.SIGINT, 130),
+        (signal.SIGKILL, -9),
+    ],
 )
 def test_stopped_command_leaves_nothing(
     needle: Path, tmp_path: Path, stop: signal.Signals, status: int

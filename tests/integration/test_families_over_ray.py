@@ -9,7 +9,7 @@ from cluster import LLM, SamplingParams
 from tests.checkpoints import TINY, write_checkpoint
 from tests.oracle import assert_greedy
 
-EVERY_DAY = ("gpt2", "qwen3")  # threads run all of them every day
+EVERY_DAY = ("gpt2",)  # threads run all of them every day
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
 

@@ -1,5 +1,6 @@
 """What `ringspan check` compares, and when it says that a ring is wrong."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.messages import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from cluster.check import PASSAGE_TOKENS, Comparison, compare, passages
+from cluster.check import PASSAGE_TOKENS, Comparison, compare, passages, report
 from cluster.check_loss import Loss, compare_predictions, describe, text_prompt
 from models.errors import PromptError
 
@@ -79,6 +80,20 @@ def test_passages_return_far_from_where_they_stood(length: int) -> None:
         ending = ids[-(PASSAGE_TOKENS // 2) :]
         for start in (length // 50, length // 2):
             np.testing.assert_array_equal(ids[start : start + len(ending)], ending)
+
+
+def test_the_verdict_is_a_sentence_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+    right = compare(ALONE, ALONE, "pass_q")
+    wrong = compare(ALONE, output((7, 5), [{7: -0.1}, {5: -0.5, 8: -0.5}]), "pass_kv")
+    options = argparse.Namespace(json=False, model="m")
+
+    assert report(options, [right], 2, "float32", 1e-3, None) == 0
+    assert "a ring of 2 ranks gives this model's own answers" in capsys.readouterr().out
+
+    assert report(options, [right, wrong], 2, "float32", 1e-3, None) == 1
+    told = capsys.readouterr().out
+    assert told.count("WRONG") == 1
+    assert "a ring of 2 ranks does NOT give this model's answers" in told
 
 
 def test_a_comparison_is_json() -> None:
