@@ -100,7 +100,7 @@ class Engine:
 
     async def generate(self, request: Request) -> RequestOutput:
         """Answer a request, beside others."""
-        opened = self._open(await self._reader.with_tokens(request))
+        opened = await self._open(request)
         await asyncio.gather(*(answer.done for answer in opened.answers))
         # In a thread: a long prompt's log-probabilities are millions of objects, and heartbeats
         # must not wait for them.
@@ -108,7 +108,7 @@ class Engine:
 
     async def stream(self, request: Request) -> AsyncIterator[RequestDelta]:
         """Answer a request, piece by piece as its tokens come."""
-        opened = self._open(await self._reader.with_tokens(request))
+        opened = await self._open(request)
         opened.is_streamed = True
         to_end = len(opened.answers)
         try:
@@ -208,14 +208,16 @@ class Engine:
                     opened.fail(error)
                 return
 
-    def _open(self, request: Request) -> OpenRequest:
+    async def _open(self, request: Request) -> OpenRequest:
+        arrival_s = time.perf_counter()
+        request = await self._reader.with_tokens(request)
         if self.failure is not None:
             raise self.failure
         if request.request_id in self._requests:
             raise PromptError(
                 f"request_id {request.request_id!r} is under way: give each request its own"
             )
-        opened = self._reader.read(request)
+        opened = self._reader.read(request, arrival_s)
         begun: list[Answer] = []
         try:
             for answer in opened.answers:
@@ -229,7 +231,8 @@ class Engine:
         for answer in opened.answers:
             self._answers[answer.generation.sequence_id] = opened, answer
         if request.deadline_s is not None:
-            asyncio.get_running_loop().call_later(request.deadline_s, self._expire, opened)
+            left_s = arrival_s + request.deadline_s - time.perf_counter()
+            asyncio.get_running_loop().call_later(left_s, self._expire, opened)
         self._work.set()
         return opened
 

@@ -173,7 +173,10 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt with what is asked of its answer. Exactly one of the prompt's forms is set."""
+    """One prompt with what is asked of its answer.
+
+    Exactly one of the prompt's forms is set; once it is read, a text may have its token ids too.
+    """
 
     request_id: str
     text: str | None = None

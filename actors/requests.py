@@ -31,20 +31,27 @@ from models.errors import PromptError, SamplingError
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 
+SHORT_TEXT = 4096  # characters: encoded in about a millisecond
+
 
 class OpenRequest:
     """A request under way. Lives in the coordinator's event loop."""
 
     def __init__(
-        self, request: Request, prompt: TokenIds, answers: list[Answer], spell: Spell
+        self,
+        request: Request,
+        prompt: TokenIds,
+        answers: list[Answer],
+        spell: Spell,
+        arrival_s: float,
     ) -> None:
-        """Take its answers, none of which has begun, and what spells a token."""
+        """Take its answers, none of which has begun, what spells a token, and when it came."""
         self.request = request
         self.prompt = prompt
         self.answers = answers
         self._spell = spell
         self._to_end = len(answers)  # that a stream has not heard the end of
-        self.arrival_s = time.perf_counter()
+        self.arrival_s = arrival_s
         self.is_streamed = False
         self.prompt_is_told = False  # to a stream
         self.furthest = 0  # prompt tokens told to be computed: progress never goes back
@@ -100,22 +107,27 @@ class RequestReader:
         self._sequence_ids = itertools.count(1)
 
     async def with_tokens(self, request: Request) -> Request:
-        """Return a request whose conversation, if it has one, is token ids.
+        """Return a request that is quick to read: a conversation or a long text is token ids.
 
-        In a thread: the checkpoint's template may take seconds.
+        In a thread: the checkpoint's template may take seconds, a million tokens of text as well.
 
         Raises:
-            PromptError: The template does not take the conversation, or there is none.
+            PromptError: The text is no Unicode, or the template does not take the conversation.
         """
-        if request.messages is None or self._tokenizer is None:
+        if self._tokenizer is None:
             return request  # `read` says what is wrong
-        text = Text(messages=request.messages, add_special_tokens=False)
+        if request.messages is not None:
+            text = Text(messages=request.messages, add_special_tokens=False)
+        elif request.text is not None and len(request.text) > SHORT_TEXT:
+            text = Text(text=request.text)
+        else:
+            return request
         tokens = await asyncio.to_thread(tokenize, self._tokenizer, text)
         ids = np.asarray(tokens.token_ids, dtype=np.int32)
         return dataclasses.replace(request, messages=None, token_ids=ids)
 
-    def read(self, request: Request) -> OpenRequest:
-        """Return a request's answers, none of which has begun.
+    def read(self, request: Request, arrival_s: float) -> OpenRequest:
+        """Return a request's answers, none of which has begun; it came at ``arrival_s``.
 
         Raises:
             PromptError: The prompt is empty, too long or cannot be read.
@@ -130,7 +142,7 @@ class RequestReader:
             self._answer(request, prompt, bad_words, answer_seed(seed, index), index)
             for index in range(params.n)
         ]
-        return OpenRequest(request, prompt, answers, self._spell)
+        return OpenRequest(request, prompt, answers, self._spell, arrival_s)
 
     def output(self, opened: OpenRequest) -> RequestOutput:
         """Return what a complete request has come to."""
