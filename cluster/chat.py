@@ -109,7 +109,8 @@ class Chat:
             if not self._interactive:
                 raise
         finally:
-            print(flush=True)
+            if pieces or self._interactive:
+                print(flush=True)
         if deltas:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
             self.has_answered = True

@@ -125,7 +125,8 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     for cost in report["idle"]:
         medians = ", ".join(f"{d} {s * 1e3:.2f} ms" for d, s in cost["median_s"].items())
         over = ", ".join(f"{d} {s * 1e3:+.2f} ms" for d, s in cost["over_handle_s"].items())
-        yield f"idle, {cost['answer_tokens']} tokens: {medians}; over the handle (paired): {over}"
+        paired = f"; over the handle (paired): {over}" if over else ""  # of our own server only
+        yield f"idle, {cost['answer_tokens']} tokens: {medians}{paired}"
     for many in report["concurrent"]:
         yield (
             f"{many['streams']} streams at once, {many['door']}: {many['errors']} errors,"
