@@ -85,9 +85,11 @@ class ProcessGroupRing:
             for piece in self._pieces(incoming):
                 self._group.recv([piece], source, 0)
             return _Works([self._group._end_coalescing()])
-        works = [self._group.recv([piece], source, 0) for piece in self._pieces(incoming)]
-        works += [self._group.send([piece], to, 0) for piece in self._pieces(outgoing)]
-        return _Works(works)
+        receives = [self._group.recv([piece], source, 0) for piece in self._pieces(incoming)]
+        sends = [self._group.send([piece], to, 0) for piece in self._pieces(outgoing)]
+        # A rank whose next one has died is told by its sends alone: the one behind, which has
+        # noticed too, may never send what this rank receives.
+        return _Works([*sends, *receives])
 
     def all_gather(self, part: Tensor) -> Tensor:
         """See `Ring.all_gather`."""

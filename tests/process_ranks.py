@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +20,15 @@ START_S = 120.0  # for a process to import torch on a busy machine
 ANSWER_S = 60.0
 
 
-def leave(ring: Ring, device: torch.device) -> None:
+def leave(ring: Ring, device: torch.device, *, after_s: float = 0.0) -> None:
     """End this process as a kill does: nothing is flushed, no peer is told."""
+    time.sleep(after_s)
     os._exit(1)
 
 
-def exchange_until_peer_is_lost(ring: Ring, device: torch.device) -> None:
+def exchange_until_peer_is_lost(ring: Ring, device: torch.device, *, after_s: float = 0.0) -> None:
     """Exchange until that raises, as it must soon after a neighbour has died."""
+    time.sleep(after_s)
     outgoing, incoming = (torch.zeros(400_000, device=device) for _ in range(2))
     for _ in range(100):
         try:
@@ -63,7 +66,8 @@ class ProcessRanks:
         for rank, pipe in enumerate(self._pipes):
             pipe.send(checks[rank % len(checks)])
         for rank in range(len(self._pipes)):
-            if checks[rank % len(checks)] is not leave:
+            check = checks[rank % len(checks)]
+            if getattr(check, "func", check) is not leave:
                 self._expect_success(rank, ANSWER_S)
 
     def _expect_success(self, rank: int, timeout_s: float) -> None:

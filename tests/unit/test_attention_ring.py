@@ -1,5 +1,6 @@
 """One conformance suite for every implementation of `Ring`; see tests/ring_conformance.py."""
 
+import functools
 import re
 import time
 from collections.abc import Iterator
@@ -164,12 +165,19 @@ def test_backends_group_calls_take_no_device() -> None:
         assert "," not in signature
 
 
-def test_both_neighbours_notice_a_dead_rank() -> None:
+@pytest.mark.parametrize("after_s", [(0.0, 0.0, 0.0), (0.0, 0.5, 1.0), (1.0, 0.5, 0.0)], ids=str)
+def test_both_neighbours_notice_a_dead_rank(after_s: tuple[float, float, float]) -> None:
     """A dead process closes its connections: no neighbour waits for the ring's full time.
 
-    In a ring of three, rank 2 receives from the dead rank 1 and rank 0 sends to it.
+    In a ring of three, rank 2 receives from the dead rank 1 and rank 0 sends to it. Either may
+    begin before it dies, and the other after.
     """
+    exchange = exchange_until_peer_is_lost
     with ProcessRanks(3, timeout_s=600.0) as ranks:
         start_s = time.monotonic()
-        ranks.run(exchange_until_peer_is_lost, leave, exchange_until_peer_is_lost)
+        ranks.run(
+            functools.partial(exchange, after_s=after_s[0]),
+            functools.partial(leave, after_s=after_s[1]),
+            functools.partial(exchange, after_s=after_s[2]),
+        )
         assert time.monotonic() - start_s < 30.0
