@@ -223,4 +223,5 @@ def serve(
         yield f"127.0.0.1:{port}", server, thread
     finally:
         thread.run(server.stop(0.0))
+        thread.run(backend.close())
         thread.close()

@@ -176,6 +176,7 @@ def test_a_broken_stream_is_taken_up(llm: LLM) -> None:
         thread.run(second.start())
         deltas += stream
         thread.run(second.stop(0.0))
+    thread.run(backend.close())
     thread.close()
     assert sum((delta.token_ids for delta in deltas), ()) == wanted.token_ids
     assert "".join(delta.text for delta in deltas) == wanted.text
