@@ -63,7 +63,7 @@ class Chat:
         self._params = params
         self._system = system
         self._document = document
-        self._interactive = interactive
+        self.interactive = interactive
         self._show_bar = show_bar
         self.has_answered = False
         self.reset()
@@ -106,10 +106,10 @@ class Chat:
                 pieces.append(_show(delta))
         except KeyboardInterrupt:
             stream.close()  # type: ignore[attr-defined]  # a generator: cancels the request
-            if not self._interactive:
+            if not self.interactive:
                 raise
         finally:
-            if pieces or self._interactive:
+            if pieces or self.interactive:
                 print(flush=True)
         if deltas:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
@@ -162,7 +162,7 @@ def _stats(deltas: list[RequestDelta]) -> str:
     return f"{line}, first token after {ttft_s:.2f} s{rate}"
 
 
-def converse(chat: Chat, lines: Iterator[str], *, interactive: bool) -> None:
+def converse(chat: Chat, lines: Iterator[str]) -> None:
     """Answer line by line until they end.
 
     Raises:
@@ -170,12 +170,12 @@ def converse(chat: Chat, lines: Iterator[str], *, interactive: bool) -> None:
     """
     for line in lines:
         try:
-            if not _obey(chat, line.strip() if interactive else ""):
+            if not _obey(chat, line.strip() if chat.interactive else ""):
                 return
-            if line.strip() and not (interactive and line.lstrip().startswith("/")):
+            if line.strip() and not (chat.interactive and line.lstrip().startswith("/")):
                 chat.say(line)
         except RingspanError as error:
-            if not interactive or not (chat.has_answered or line.startswith("/")):
+            if not chat.interactive or not (chat.has_answered or line.startswith("/")):
                 raise
             print(f"ringspan: {error}", file=sys.stderr)
 
@@ -250,7 +250,7 @@ def run(options: argparse.Namespace) -> int:
             show_bar=interactive and sys.stderr.isatty(),
         )
         lines = typed_lines() if interactive else (line.rstrip("\n") for line in sys.stdin)
-        converse(chat, lines, interactive=interactive)
+        converse(chat, lines)
     return 0
 
 

@@ -1,6 +1,6 @@
 """A request becomes token ids, or one sentence on why it cannot."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,22 +9,10 @@ from actors.messages import Request
 from actors.prompt import prompt_ids
 from models.errors import PromptError
 from models.tokenizer import Tokenizer
+from tests.letters import LetterBackend
 
 VOCAB = 300
 MAX_MODEL_LEN = 8
-
-
-class LetterBackend:
-    """Of transformers' interface what `Tokenizer` uses; a letter's token is its code point."""
-
-    chat_template = "{{ messages | map(attribute='content') | join('>') }}"
-    special_tokens_map: ClassVar[dict[str, str]] = {}
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text if letter != " "]}
-
-    def get_chat_template(self) -> str:
-        return self.chat_template
 
 
 def encode(tokenizer: Tokenizer | None = None, **prompt: Any) -> list[int]:

@@ -14,12 +14,11 @@ from models.config import read_model_config
 from models.errors import PromptError
 from models.tokenizer import Tokenizer
 from tests.checkpoints import write_llama_checkpoint
+from tests.letters import LetterBackend
 
 
-class _Backend:
-    """A tokenizer of transformers that waits, with a token for each letter."""
-
-    chat_template = None
+class _WaitingBackend(LetterBackend):
+    """Encodes when it may, and says where."""
 
     def __init__(self) -> None:
         self.may_go = threading.Event()
@@ -28,25 +27,22 @@ class _Backend:
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         self.threads.append(threading.get_ident())
         assert self.may_go.wait(10.0)
-        return {"input_ids": [ord(letter) for letter in text]}
-
-    def decode(self, ids: list[int], **options: Any) -> str:
-        return "".join(map(chr, ids))
+        return super().__call__(text, **options)
 
 
 @pytest.fixture
-def backend() -> _Backend:
-    return _Backend()
+def backend() -> _WaitingBackend:
+    return _WaitingBackend()
 
 
 @pytest.fixture
-def reader(tmp_path: Path, backend: _Backend) -> RequestReader:
+def reader(tmp_path: Path, backend: _WaitingBackend) -> RequestReader:
     model = read_model_config(write_llama_checkpoint(tmp_path))
     return RequestReader(model, Tokenizer(backend), max_model_len=10**6, max_logprobs=20)
 
 
 def test_a_long_text_is_encoded_beside_the_event_loop(
-    reader: RequestReader, backend: _Backend
+    reader: RequestReader, backend: _WaitingBackend
 ) -> None:
     """A million tokens take seconds, for which no other answer waits."""
     request = Request(request_id="r", text="a" * (SHORT_TEXT + 1))
@@ -66,7 +62,7 @@ def test_a_long_text_is_encoded_beside_the_event_loop(
     assert opened.request.text == request.text
 
 
-def test_a_short_text_is_encoded_at_once(reader: RequestReader, backend: _Backend) -> None:
+def test_a_short_text_is_encoded_at_once(reader: RequestReader, backend: _WaitingBackend) -> None:
     backend.may_go.set()
     request = Request(request_id="r", text="ab")
 

@@ -46,7 +46,7 @@ class Echo:
 
 def talk(client: Echo, *lines: str, interactive: bool = True, **settings: Any) -> Chat:
     chat = Chat(client, SamplingParams(), interactive=interactive, **settings)
-    converse(chat, iter(lines), interactive=interactive)
+    converse(chat, iter(lines))
     return chat
 
 
@@ -89,13 +89,14 @@ def test_errors_end_a_chat_that_has_not_begun(capsys: pytest.CaptureFixture[str]
     client = Echo()
     chat = talk(client, "one")
     client.error = PromptError("too long")
-    converse(chat, iter(["two"]), interactive=True)
+    converse(chat, iter(["two"]))
     assert len(chat.messages) == 2  # as if it had not been said
     assert "too long" in capsys.readouterr().err
     with pytest.raises(PromptError):
         talk(client, "one")
+    chat.interactive = False
     with pytest.raises(PromptError):
-        converse(chat, iter(["two"]), interactive=False)
+        converse(chat, iter(["two"]))
 
 
 def test_ctrl_c_ends_the_answer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,5 +112,5 @@ def test_ctrl_c_ends_the_answer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(KeyboardInterrupt):  # nobody sits there to say another
             talk(client, "one", interactive=False)
         assert client.cancelled == 2
-    converse(chat, iter(["two"]), interactive=True)
+    converse(chat, iter(["two"]))
     assert len(client.asked) == 3
